@@ -1,0 +1,223 @@
+"""Leaving AdaLoRA: a plain LoRA folder that every server reads, or merged weights.
+
+For LoRA the scale and Λ go into B, so that every reader's convention gives scale 1. Ragged: each module has
+its own rank (`rank_pattern` equal to `alpha_pattern`), modules of rank 0 are left out. Padded: all modules
+get one rank with zero rows, for servers that know one rank only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .checkpoint import base_key, base_name
+from .errors import AdapterFileError, InjectionError
+from .files import staged, write_files
+from .injection import adapter_config, adapter_root, merge, named_adapters, unmerge
+from .layers import SVDAdapter, SVDConv, SVDEmbedding
+from .reading import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from .stored import acting_factors, increment, probe, warn_if_unfinished, whole_tensors
+
+logger = logging.getLogger("adalora")
+
+# B·E rounds once to fp32 where the live adapter multiplies later; what remains is below this, relative.
+TOLERANCE = 1e-5
+
+
+def export_lora(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    padded: bool | int = False,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+) -> float:
+    """Write `model`'s adapter as a PEFT LoRA; atomically. `padded` gives every module the largest rank, or that
+    number.
+
+    Returns the largest difference between the increments read back and the live ones, relative to the
+    largest live one. Raises AdapterFileError for a convolution that PEFT's LoRA cannot express, for an
+    adapter without any live triplet, and for a `padded` below the largest rank.
+    """
+    warn_if_unfinished(model)
+    root = adapter_root(model)
+    modules = dict(named_adapters(root))
+    factors = {name: _folded(module) for name, module in modules.items()}
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    largest = max(ranks.values(), default=0)
+    if not largest:
+        raise AdapterFileError(
+            "no triplet of this adapter is live, and LoRA has no rank 0; there is nothing to export."
+        )
+    if padded:
+        size = largest if padded is True else padded
+        if size < largest:
+            raise AdapterFileError(f"padded={size} is below the largest rank, {largest}; use at least that.")
+        ranks, largest = dict.fromkeys(ranks, size), size
+    ranks = {name: rank for name, rank in ranks.items() if rank}
+    tensors: dict[str, Tensor] = {}
+    for name, rank in ranks.items():
+        tensors |= _lora_tensors(name, modules[name], *_pad(*factors[name], rank))
+    for name, value in whole_tensors(root):
+        tensors[PREFIX + base_key(name, {key: modules[key] for key in ranks})] = value
+    expand = {name: _groups(modules[name]) for name in ranks}  # see _lora_tensors
+    ranks = {name: rank * expand[name] for name, rank in ranks.items()}
+    config = _lora_config(root, ranks, base_model_name_or_path or base_name(root), task_type)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_files(
+        folder,
+        {
+            WEIGHTS_FILE: lambda path: save_file(tensors, path, {"format": "pt"}),
+            CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8"),
+        },
+    )
+    return _check_lora(modules, Path(folder))
+
+
+def export_merged(model: nn.Module, folder: str | Path) -> float:
+    """Write the base model with every increment added to its weight; atomically. The model itself is unchanged.
+
+    A transformers model is written by its own save_pretrained, any other as `model.safetensors`. Returns the
+    largest difference between a weight read back and W + s·ΔW in the adapter's precision, relative to the
+    largest increment: the rounding to the base's dtype.
+    """
+    warn_if_unfinished(model)
+    root = adapter_root(model)
+    if any(module.merged for _, module in named_adapters(root)):
+        raise InjectionError("the adapter is merged already; call adalora.unmerge(model) before exporting.")
+    with torch.no_grad():
+        wanted = {
+            f"{name}.weight": (module.weight.to(module.lora_A.dtype) + module.delta_weight()).cpu()
+            for name, module in named_adapters(root)
+        }
+    merge(root)
+    try:
+        own = {f"{name}.{part}" for name, _ in named_adapters(root) for part in ("lora_A", "lora_E", "lora_B")}
+        state = {key: value for key, value in root.state_dict().items() if key not in own}
+        with staged(folder) as staging:
+            if hasattr(root, "save_pretrained"):
+                # The class's, not the instance's: an integration may have narrowed that to the adapter.
+                type(root).save_pretrained(root, staging, state_dict=state)  # type: ignore[attr-defined]
+            else:
+                save_file(_unshared(state), staging / "model.safetensors", {"format": "pt"})
+    finally:
+        unmerge(root)
+    return _check_merged(root, wanted, Path(folder))
+
+
+def _folded(module: SVDAdapter) -> tuple[Tensor, Tensor]:
+    """A (k, in) and B·diag(s·E) (out, k) of the live triplets."""
+    A, E, B = acting_factors(module)
+    return A, B * (E.T * module.scaling)
+
+
+def _pad(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    more = rank - A.shape[0]
+    return torch.cat([A, A.new_zeros(more, A.shape[1])]), torch.cat([B, B.new_zeros(B.shape[0], more)], dim=1)
+
+
+def _groups(module: SVDAdapter) -> int:
+    return module.groups if isinstance(module, SVDConv) else 1
+
+
+def _lora_tensors(name: str, module: SVDAdapter, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    key = PREFIX + name
+    if isinstance(module, SVDEmbedding):
+        return {f"{key}.lora_embedding_A": A.contiguous(), f"{key}.lora_embedding_B": B.contiguous()}
+    if isinstance(module, SVDConv):
+        _refuse_geometry(name, module)
+        kernel, groups = module.weight.shape[1:], module.groups
+        # PEFT's A sees all input channels and its B is grouped: each group gets its own copy of the rows of
+        # A, zero outside the group, which multiplies the rank by the number of groups.
+        wide = A.new_zeros(groups, A.shape[0], groups, *kernel)
+        for group in range(groups):
+            wide[group, :, group] = A.view(-1, *kernel)
+        A = wide.reshape(groups * A.shape[0], groups * kernel[0], *kernel[1:])
+        B = B.reshape(*B.shape, *(1,) * (len(kernel) - 1))
+    return {f"{key}.lora_A.weight": A.contiguous(), f"{key}.lora_B.weight": B.contiguous()}
+
+
+def _refuse_geometry(name: str, module: SVDConv) -> None:
+    dilation, mode = getattr(module, "dilation", (1,)), getattr(module, "padding_mode", "zeros")
+    if any(step != 1 for step in dilation) or mode != "zeros":
+        raise AdapterFileError(
+            f"{name!r} is a convolution with dilation={dilation} and padding_mode={mode!r}, which PEFT's LoRA leaves "
+            "out; use adalora.export_merged or save_adapter."
+        )
+
+
+def _lora_config(root: nn.Module, ranks: dict[str, int], base: str | None, task_type: str | None) -> dict[str, Any]:
+    config, largest = adapter_config(root), max(ranks.values())
+    pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != largest}
+    conv1d = any(type(module).base_type.__name__ == "Conv1D" for _, module in named_adapters(root))
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "inference_mode": True,
+        "base_model_name_or_path": base,
+        "target_modules": list(ranks),
+        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
+        "bias": config.bias,
+        "fan_in_fan_out": conv1d,
+        "lora_dropout": config.lora_dropout,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "use_rslora": False,
+    }
+
+
+def _check_lora(modules: dict[str, SVDAdapter], folder: Path) -> float:
+    """Compare on probes; a module that is absent from the file computes 0."""
+    stored, worst, largest = load_file(folder / WEIGHTS_FILE), 0.0, 0.0
+    for name, module in modules.items():
+        x, (A, E, B) = probe(module), acting_factors(module)
+        live = increment(x, (A, E, B), module.scaling)
+        key, embedding = PREFIX + name, isinstance(module, SVDEmbedding)
+        parts = [f"{key}.lora_embedding_{p}" if embedding else f"{key}.lora_{p}.weight" for p in "AB"]
+        read = torch.zeros_like(live)
+        if parts[0] in stored:
+            down, up = stored[parts[0]], stored[parts[1]].flatten(1)
+            if isinstance(module, SVDConv):
+                down = down[: up.shape[1], : module.weight.shape[1]].flatten(1)  # the first group's rows
+            read = x @ down.T @ up.T
+        worst, largest = max(worst, float((read - live).abs().max())), max(largest, float(live.abs().max()))
+    return _verdict(worst, largest, folder)
+
+
+def _check_merged(root: nn.Module, wanted: dict[str, Tensor], folder: Path) -> float:
+    worst, largest, found = 0.0, 0.0, set()
+    modules = {f"{name}.weight": module for name, module in named_adapters(root)}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for key in wanted.keys() & set(weights.keys()):
+                found.add(key)
+                worst = max(worst, float((weights.get_tensor(key).to(wanted[key].dtype) - wanted[key]).abs().max()))
+                largest = max(largest, float(modules[key].delta_weight().detach().abs().max()))
+    if missing := wanted.keys() - found:
+        raise AdapterFileError(f"{str(folder)!r} was written without {sorted(missing)[0]!r}; do not use it.")
+    relative = worst / largest if largest else worst
+    logger.info("reload check of %s: max difference %.1e of the largest increment", folder, relative)
+    return relative
+
+
+def _verdict(worst: float, largest: float, folder: Path) -> float:
+    relative = worst / largest if largest else worst
+    logger.info("reload check of %s: max difference %.1e of the largest increment", folder, relative)
+    if relative > TOLERANCE:
+        raise AdapterFileError(f"the adapter read back from {str(folder)!r} differs by {relative:.3e}; do not use it.")
+    return relative
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One entry for each storage: the file format refuses tied tensors."""
+    first = {(value.data_ptr(), value.shape): key for key, value in reversed(state.items())}
+    return {key: state[key].contiguous() for key in state if key in first.values()}

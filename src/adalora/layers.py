@@ -1,0 +1,185 @@
+"""Layers with an increment in SVD form: the class of an existing module is replaced by a subclass.
+
+`SVDAdapter` holds the idea: base output plus s·ΔW applied to the input. The subclasses only say how the
+matrices of equation 3 meet their kind of layer. Converting in place keeps every base key, hook, tie and
+`isinstance` (design D1). How a module becomes one of these is in `conversion`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import delta_matrix, low_rank_embedding, low_rank_linear
+
+
+class SVDAdapter(nn.Module):
+    """Mixin in front of a layer class. Abstract: `shape_of`, `delta_output`.
+
+    lora_A (r, in) = Q, lora_E (r, 1) = Λ, lora_B (out, r) = P; lora_keep (r,) marks the live triplets.
+    `scaling` is a plain float that never changes, whatever the rank becomes.
+    """
+
+    base_type: ClassVar[type[nn.Module]]
+    transposed: ClassVar[bool] = False  # whether the weight is stored (in, out)
+
+    weight: Tensor
+    lora_A: nn.Parameter
+    lora_E: nn.Parameter
+    lora_B: nn.Parameter
+    lora_keep: Tensor
+    base_weight: Tensor | None
+    scaling: float
+    lora_dropout: float
+    adapter_enabled: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        if not self.adapter_enabled or self.merged or not self.capacity:
+            return y
+        return y + self.delta_output(x).to(y.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the increment as a matrix."""
+        return self.shape_of(self)
+
+    @staticmethod
+    def shape_of(module: Any) -> tuple[int, int]:
+        """(out, in) that an increment of the base layer `module` has."""
+        raise NotImplementedError
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        """s·ΔW applied to the layer's input."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """s·ΔW in the shape of the base weight and the dtype of the adapter."""
+        delta = delta_matrix(self.lora_A, self.lora_E, self.lora_B, self.scaling)
+        return (delta.T if self.transposed else delta).reshape(self.weight.shape)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input after the adapter's own dropout."""
+        return F.dropout(x, self.lora_dropout, self.training) if self.lora_dropout else x
+
+    @property
+    def capacity(self) -> int:
+        """Triplets allocated in memory."""
+        return self.lora_E.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Triplets that are live: granted by the last allocation."""
+        return int(self.lora_keep.sum())
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight already contains ΔW."""
+        return self.base_weight is not None
+
+    def merge(self) -> None:
+        """Add ΔW to the weight, keeping a copy of the original. No-op if merged."""
+        if self.merged:
+            return
+        with torch.no_grad():
+            self.register_buffer("base_weight", self.weight.detach().clone(), persistent=False)
+            self.weight.copy_(self.weight.to(self.lora_A.dtype) + self.delta_weight())
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit. No-op if not merged."""
+        if self.base_weight is not None:
+            with torch.no_grad():
+                self.weight.copy_(self.base_weight)
+            self.register_buffer("base_weight", None, persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}/{self.capacity}"
+
+
+class SVDLinear(SVDAdapter, nn.Linear):
+    """y = x Wᵀ + b + s · x Aᵀ diag(E) Bᵀ."""
+
+    base_type = nn.Linear
+
+    @staticmethod
+    def shape_of(module: Any) -> tuple[int, int]:
+        return module.out_features, module.in_features
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        return low_rank_linear(self.dropped(x), self.lora_A, self.lora_E, self.lora_B, self.scaling)
+
+
+class SVDConv(SVDAdapter):
+    """A convolution with the base's geometry to r channels a group, then a 1×1 convolution.
+
+    The matrix of the increment is (out, in/groups · kernel). With groups the same A serves each group, as
+    the weight's own layout says: output channel o has row o of B.
+    """
+
+    groups: int
+    kernel_size: tuple[int, ...]
+
+    @staticmethod
+    def shape_of(module: Any) -> tuple[int, int]:
+        return module.weight.shape[0], module.weight[0].numel()
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        spatial = (1,) * len(self.kernel_size)
+        x = self.dropped(x)
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
+        kernel = self.lora_A.view(self.capacity, *self.weight.shape[1:]).repeat(self.groups, 1, *spatial)
+        # _conv_forward, not F.conv: it alone knows the padding mode.
+        projected = self._conv_forward(x, kernel, None)  # type: ignore[operator]  # (…, groups·r, spatial)
+        gate = (self.lora_E * self.scaling).repeat(self.groups, 1).view(-1, *spatial)
+        point = self.lora_B.view(*self.lora_B.shape, *spatial)  # (out, r, 1, …)
+        convolve = getattr(F, f"conv{len(spatial)}d")
+        output: Tensor = convolve(projected * gate.to(projected.dtype), point, groups=self.groups)
+        return output
+
+
+class SVDConv1d(SVDConv, nn.Conv1d):
+    """Conv1d with an increment."""
+
+    base_type = nn.Conv1d
+
+
+class SVDConv2d(SVDConv, nn.Conv2d):
+    """Conv2d with an increment."""
+
+    base_type = nn.Conv2d
+
+
+class SVDConv3d(SVDConv, nn.Conv3d):
+    """Conv3d with an increment."""
+
+    base_type = nn.Conv3d
+
+
+class SVDEmbedding(SVDAdapter, nn.Embedding):
+    """Rows of W + s·(B diag(E) A)ᵀ; A is (r, num_embeddings), as in PEFT's LoRA for embeddings.
+
+    Dropout is that of a one-hot input: it drops the increment of whole tokens. Subclasses that multiply the
+    rows by `embed_scale` (BART, Gemma) have the increment multiplied too.
+    """
+
+    base_type = nn.Embedding
+    transposed = True
+
+    @staticmethod
+    def shape_of(module: Any) -> tuple[int, int]:
+        return module.embedding_dim, module.num_embeddings
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        delta = low_rank_embedding(x, self.lora_A, self.lora_E, self.lora_B, self.scaling, self.padding_idx)
+        if self.lora_dropout and self.training:
+            delta = delta * F.dropout(delta.new_ones(*x.shape, 1), self.lora_dropout)
+        return delta * embed_scale(self)
+
+
+def embed_scale(module: nn.Module) -> Tensor | float:
+    """The factor that a scaled embedding applies to its rows, in the dtype in which it applies it."""
+    scale: Tensor | float = getattr(module, "embed_scale", 1.0)
+    return scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""The methods that a recipe can name, one file each."""

@@ -1,0 +1,77 @@
+"""What must be known of optimizers to hook into any of them: wrappers, loss scaling, restored state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .errors import TrainingError
+from .layers import SVDAdapter
+
+# State that torch's optimizers keep in the parameter's own shape. load_state_dict takes any shape.
+_SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside wrappers such as accelerate's, which calls itself one but has no hooks."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TrainingError(
+            f"attach needs a torch optimizer, got {type(optimizer).__name__}; pass the object whose step() trains."
+        )
+    return optimizer
+
+
+def check_membership(optimizer: Optimizer, modules: Mapping[str, SVDAdapter]) -> None:
+    """Raise TrainingError unless each adapter parameter trains, in 32 bits or more, in one place of `optimizer`."""
+    places = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    for name, module in modules.items():
+        for key in ("lora_A", "lora_E", "lora_B"):
+            parameter = getattr(module, key)
+            where = f"{name}.{key}"
+            if not parameter.requires_grad:
+                raise TrainingError(
+                    f"{where} is frozen; load the adapter with trainable=True, or set requires_grad on it."
+                )
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise TrainingError(
+                    f"{where} is {parameter.dtype}; importance is lost in 16 bits. Cast the model before "
+                    "adalora.inject, not after, and use autocast for speed."
+                )
+            if places[id(parameter)] != 1:
+                found = "not in the optimizer" if not places[id(parameter)] else "in the optimizer twice"
+                raise TrainingError(
+                    f"{where} is {found}; build it from adalora.adapter_parameters(model) after adalora.inject."
+                )
+
+
+def check_restored_state(optimizer: Optimizer, modules: Mapping[str, SVDAdapter], own: tuple[str, ...]) -> None:
+    """Raise TrainingError if state in `optimizer` has another shape than its adapter parameter."""
+    for name, module in modules.items():
+        for key in ("lora_A", "lora_E", "lora_B"):
+            parameter = getattr(module, key)
+            for entry, value in optimizer.state.get(parameter, {}).items():
+                known = entry in _SAME_SHAPE or entry in own
+                if known and isinstance(value, Tensor) and value.shape != parameter.shape:
+                    raise TrainingError(
+                        f"the optimizer's {entry} for {name}.{key} has shape {tuple(value.shape)}, the parameter "
+                        f"{tuple(parameter.shape)}: this state belongs to an adapter of another size."
+                    )
+
+
+def step_is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler found an overflow and lets a fused optimizer step without effect."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def loss_scale(optimizer: Optimizer) -> Tensor | float:
+    """The factor still on the gradients: a fused optimizer unscales inside its step, and then stores them so."""
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else scale

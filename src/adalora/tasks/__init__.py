@@ -1,0 +1,1 @@
+"""Data and demos: what the commands train on when the user brings nothing."""
