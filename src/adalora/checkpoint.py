@@ -34,14 +34,16 @@ def save_adapter(
     *,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
+    warn: bool = True,
 ) -> float:
     """Write the adapter of `model`, and what trained with it, to `folder`; atomically.
 
     Returns the largest difference between the increments read back and the live ones, which is 0. Without
     `base_model_name_or_path` a transformers model names itself. Warns if the allocator never ran or the
-    budget is not met. Raises AdapterFileError.
+    budget is not met; a checkpoint taken during training asks for no `warn`. Raises AdapterFileError.
     """
-    warn_if_unfinished(model)
+    if warn:
+        warn_if_unfinished(model)
     root = adapter_root(model)
     config = _peft_config(root, base_model_name_or_path or base_name(root), task_type)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

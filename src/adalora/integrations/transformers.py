@@ -1,0 +1,158 @@
+"""AdaLoRA in any transformers Trainer, by one entry in its list of callbacks.
+
+The Trainer tells a callback when the model is known but the optimizer is not (`on_init_end`): there the model
+is converted. It tells the number of steps when training begins: there the allocator attaches to the
+optimizer. From then on the optimizer's own hooks do the work, so it does not matter how the Trainer clips,
+accumulates or scales. Checkpoints shrink to adapter and trained head by transformers' own mechanism for keys
+that need no saving, which is also what makes them load again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from ..allocator import RankAllocator
+from ..checkpoint import save_adapter
+from ..config import AdaLoraConfig
+from ..errors import ConfigError, InjectionError, TrainingError
+from ..injection import adapter_config, adapter_root, inject, named_adapters, trained_biases
+from ..regularizer import orthogonality_penalty
+from ..targets import saved_modules
+
+logger = logging.getLogger("adalora")
+
+CHECKPOINT_PREFIX = "checkpoint-"  # of the folders from which a Trainer resumes
+
+
+class AdaLoraCallback(TrainerCallback):
+    """`Trainer(..., callbacks=[AdaLoraCallback(config)])` trains with AdaLoRA; nothing else changes.
+
+    The model may be adapted already; if not, it is adapted with `config`, whose `modules_to_save` default to
+    the model's task head. The run's length comes from the Trainer. When training ends, also early, the budget
+    is met. The logs gain adalora/budget, adalora/phase and adalora/orthogonality. `allocator` is the
+    RankAllocator once training has begun.
+    """
+
+    def __init__(self, config: AdaLoraConfig | None = None) -> None:
+        self.config = config
+        self.allocator: RankAllocator | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adapt the model, before there is an optimizer."""
+        if args.deepspeed or args.fsdp:
+            raise TrainingError(
+                "AdaLoraCallback supports one device and DDP; DeepSpeed and FSDP shard the adapter. Unset "
+                "`deepspeed` and `fsdp` in TrainingArguments."
+            )
+        model: nn.Module = kwargs["model"]
+        if not is_adapted(model):
+            inject(model, with_task_head(self.config or AdaLoraConfig(), model))
+        elif self.config is not None and adapter_config(model) != self.config:
+            raise ConfigError(
+                "the model is adapted already, with another configuration; pass AdaLoraCallback() without one."
+            )
+        if isinstance(model, PreTrainedModel):
+            save_adapter_only(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach to the optimizer, which has its restored state by now, for the run's number of steps."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if not is_adapted(model):
+            raise TrainingError(
+                "the model has no adapter: AdaLoraCallback was added after the Trainer was built. Pass it as "
+                "Trainer(callbacks=[AdaLoraCallback()]), or call adalora.inject on the model before."
+            )
+        self.allocator = RankAllocator(model, total_step=state.max_steps).attach(optimizer)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add what the method did to the training logs."""
+        if self.allocator is None or logs is None or "loss" not in logs:
+            return
+        with torch.no_grad():
+            penalty = float(orthogonality_penalty(self.allocator.root))
+        own = {
+            "adalora/budget": self.allocator.budget,
+            "adalora/phase": self.allocator.phase.value,
+            "adalora/orthogonality": penalty,
+        }
+        logs.update(own)
+        if state.log_history:
+            state.log_history[-1].update(own)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Meet the budget, whatever ended the training and whichever checkpoint was loaded last."""
+        allocator = self.allocator
+        if allocator is None or allocator.step == 0:
+            return
+        outside = sum(int((m.lora_E.view(-1)[~m.lora_keep] != 0).sum()) for m in allocator.modules.values())
+        if outside and allocator.frozen:
+            logger.warning(
+                "the model loaded at the end is from before the budget was met: %d triplets outside the final "
+                "pattern were cut; let load_best_model_at_end choose among checkpoints of the final phase",
+                outside,
+            )
+        allocator.finalize()
+        logger.info("budget %d / %d reached", allocator.live, allocator.schedule.target_budget)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `model` has an adapter of ours."""
+    try:
+        adapter_root(model)
+    except InjectionError:
+        return False
+    return True
+
+
+def with_task_head(config: AdaLoraConfig, model: nn.Module) -> AdaLoraConfig:
+    """`config` with the task head in `modules_to_save`, unless it says itself what to save.
+
+    The head is what stands outside the base model and is not its output embedding, as in the paper's runs:
+    such modules are new, and frozen they would stay random.
+    """
+    if config.modules_to_save is not None or not isinstance(model, PreTrainedModel):
+        return config
+    head = task_head(model)
+    return dataclasses.replace(config, modules_to_save=head) if head else config
+
+
+def task_head(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the modules outside the base model that hold parameters; none for a language model."""
+    if model.get_output_embeddings() is not None or model.base_model is model:
+        return ()
+    children = model.named_children()
+    return tuple(n for n, child in children if child is not model.base_model and any(True for _ in child.parameters()))
+
+
+def save_adapter_only(model: PreTrainedModel) -> None:
+    """Make `model.save_pretrained`, and so every Trainer checkpoint, write the adapter and the trained head.
+
+    In a folder to resume from, `model.safetensors` holds them at full capacity under their own keys; every
+    folder also is an adapter folder that PEFT and `load_adapter` read.
+    """
+    config = adapter_config(model)
+    kept = {f"{name}.{part}" for name, _ in named_adapters(model) for part in ("lora_A", "lora_E", "lora_B")}
+    kept |= {f"{name}.{key}" for name, module in saved_modules(model, config) for key in module.state_dict()}
+    kept |= {name for name, _ in trained_biases(model, config)}
+    model._keys_to_ignore_on_save = set(model.state_dict()) - kept
+    model.save_pretrained = MethodType(_save_pretrained, model)
+
+
+def _save_pretrained(self: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
+    if not is_adapted(self):  # ejected since: an ordinary model again
+        del self.save_pretrained, self._keys_to_ignore_on_save
+        self.save_pretrained(save_directory, **kwargs)
+        return
+    resumable = Path(save_directory).name.startswith(CHECKPOINT_PREFIX)
+    if resumable:
+        type(self).save_pretrained(self, save_directory, **kwargs)
+    save_adapter(self, save_directory, warn=not resumable)
+    self.config.save_pretrained(save_directory)
