@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import adalora
 import reference
 from adalora.averages import SENSITIVITY, UNCERTAINTY
 from adalora.errors import ConfigError, InjectionError, TrainingError
-from adalora.injection import named_adapters, training_progress
+from adalora.injection import adapter_config, named_adapters, training_progress
 from adalora.regularizer import penalty_gradients
 from adalora.schedule import Phase
 
@@ -210,7 +211,9 @@ def test_pruned_triplets_come_back_before_the_final_phase_and_never_in_it() -> N
     adalora.RankAllocator(model).attach(optimizer)
     train(model, optimizer, data, seen=lambda step: history.append(keeps(model)))
     flat = [[flag for flags in keep for flag in flags] for keep in history]
-    returned = [any(not old and new for old, new in zip(a, b, strict=True)) for a, b in zip(flat, flat[1:], strict=False)]
+    returned = [
+        any(not old and new for old, new in zip(a, b, strict=True)) for a, b in itertools.pairwise(flat)
+    ]
     assert any(returned[:29])  # granted again by a later allocation
     assert flat[30:] == [flat[30]] * 10
 
@@ -324,18 +327,14 @@ def test_phase_budget_and_step_tell_where_the_run_is() -> None:
 
 
 def test_rank_bounds_hold_through_the_whole_run() -> None:
-    model, data = adapted(min_rank={"first": 2}, max_rank={"second": 3}, target_r=2), Data()
+    model, data, ranks = adapted(min_rank={"first": 2}, max_rank={"second": 3}, target_r=2), Data(), []
     optimizer = adamw(model)
     allocator = adalora.RankAllocator(model).attach(optimizer)
     assert allocator.schedule.initial_budget == 7
-    train(model, optimizer, data, seen=lambda step: lows.append(model.first.rank) if (lows := lowest) is not None else None)
-    assert min(lowest) >= 2
-    lowest.clear()
-    assert model.second.capacity == 3
-    assert allocator.live == 4
-
-
-lowest: list[int] = []
+    train(model, optimizer, data, seen=lambda step: ranks.append((model.first.rank, model.second.rank)))
+    assert min(first for first, _ in ranks) >= 2
+    assert max(second for _, second in ranks) == 3
+    assert sum(ranks[-1]) == allocator.live == 4
 
 
 def test_a_length_is_needed_and_must_not_contradict() -> None:
@@ -353,7 +352,7 @@ def test_a_length_is_needed_and_must_not_contradict() -> None:
 
 
 def test_a_model_without_adapter_is_refused() -> None:
-    with pytest.raises(InjectionError, match="Pair has no adapter; call adalora.inject"):
+    with pytest.raises(InjectionError, match=r"Pair has no adapter; call adalora\.inject"):
         adalora.RankAllocator(Pair(), 10)
 
 
@@ -413,9 +412,10 @@ def test_importance_sees_clipped_gradients_and_the_whole_regularizer() -> None:
 
 @pytest.mark.parametrize("keyword", [False, True])
 def test_closures_change_nothing(keyword: bool) -> None:
+    """The pre-step hook runs before such a step's backward: what lies in .grad then belongs to no step."""
     expected, pattern = reference_run()
     torch.manual_seed(5)
-    data, model = Data(), adapted()
+    data, model, losses = Data(), adapted(), []
     optimizer = adamw(model)
     adalora.RankAllocator(model).attach(optimizer)
     for step in range(40):
@@ -427,14 +427,16 @@ def test_closures_change_nothing(keyword: bool) -> None:
             return loss
 
         loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
-        assert loss == closure()  if step < 0 else loss.isfinite()
+        losses.append(loss.detach())
     assert largest_difference(snapshot(model), expected) == 0.0
     assert keeps(model) == pattern
+    assert len(losses) == 40
+    assert torch.stack(losses).isfinite().all()
 
 
 def test_lbfgs_meets_the_budget() -> None:
     data, model = Data(), adapted()
-    optimizer = torch.optim.LBFGS(adalora.adapter_parameters(model), lr=0.1, max_iter=3)
+    optimizer = torch.optim.LBFGS(adalora.adapter_parameters(model), lr=0.5, max_iter=3, line_search_fn="strong_wolfe")
     allocator = adalora.RankAllocator(model).attach(optimizer)
     losses = []
 
@@ -442,10 +444,11 @@ def test_lbfgs_meets_the_budget() -> None:
         optimizer.zero_grad()
         loss = data.loss(model, 0)
         loss.backward()
-        return loss
+        # The line search compares objectives, so this loop has to add to the value what the hook adds to the gradient.
+        return loss + 0.1 * adalora.orthogonality_penalty(model).detach()
 
     for _ in range(40):
-        losses.append(float(optimizer.step(closure)))
+        losses.append(optimizer.step(closure).item())
     assert (allocator.step, allocator.live, nonzero(model)) == (40, 2, 2)
     assert losses[-1] < losses[0]
 
@@ -517,7 +520,7 @@ def test_accelerated_optimizers_are_unwrapped() -> None:
 def test_a_wrapper_around_the_model_is_seen_through() -> None:
     """Peers A8: the allocator finds the adapted model inside."""
     model = adapted()
-    allocator = adalora.RankAllocator(nn.DataParallel(model) if False else nn.Sequential(model))
+    allocator = adalora.RankAllocator(nn.Sequential(model))
     assert allocator.root is model
     assert list(allocator.modules) == ["first", "second"]
 
@@ -533,14 +536,17 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_torch_optimizer_ends_on_the_budget_and_resumes_bit_exactly(name: str) -> None:
+    """Peers E10: the averages travel in whatever state_dict the optimizer has."""
+
     def make(model: nn.Module) -> torch.optim.Optimizer:
         return getattr(torch.optim, name)(adalora.adapter_parameters(model), lr=0.01)
 
-    data, model = Data(), adapted()
+    # fp32, because NAdam restores its own scalars in the dtype of the parameters.
+    data, model = Data(dtype=torch.float32), adapted(torch.float32)
     optimizer = make(model)
     allocator = adalora.RankAllocator(model).attach(optimizer)
     train(model, optimizer, data, 18)
-    other, other_optimizer, other_allocator = reborn(model, optimizer, make)
+    other, other_optimizer, other_allocator = resumed(stored(model, optimizer), model, make)
     train(model, optimizer, data, range(18, 40))
     train(other, other_optimizer, data, range(18, 40))
     assert allocator.live == nonzero(model) == other_allocator.live == 2
@@ -685,7 +691,9 @@ def test_a_copied_optimizer_needs_and_takes_a_new_allocator() -> None:
 def test_parameters_missing_from_the_optimizer_are_named() -> None:
     model = adapted()
     optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_" in n and n != "second.lora_B"])
-    with pytest.raises(TrainingError, match=r"second\.lora_B is not in the optimizer; build it from adalora\.adapter_p"):
+    with pytest.raises(
+        TrainingError, match=r"second\.lora_B is not in the optimizer; build it from adalora"
+    ):
         adalora.RankAllocator(model).attach(optimizer)
 
 
@@ -740,57 +748,58 @@ def test_training_while_merged_is_refused() -> None:
 # --- Resuming -----------------------------------------------------------------------------------------------
 
 
-def through_a_file(value: Any) -> Any:
+def stored(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that a resumed run gets, through a file that may hold tensors and plain values only."""
     file = io.BytesIO()
-    torch.save(value, file)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
 
 
-def reborn(
-    model: nn.Module, optimizer: torch.optim.Optimizer, make: Callable[[nn.Module], Any], attach_first: bool = False
+def resumed(
+    state: dict[str, Any], model: nn.Module, make: Callable[[nn.Module], Any], attach_first: bool = False
 ) -> tuple[nn.Module, Any, adalora.RankAllocator]:
-    """The run in a new process: base model, injection, then only what state_dicts hold."""
-    stored = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    fresh = copy.deepcopy(model)
-    config = fresh.adalora_config
+    """A new process: the base model of `model`, injection, then `state`."""
+    fresh, config = copy.deepcopy(model), adapter_config(model)
     adalora.eject(fresh)
     torch.manual_seed(99)
     adalora.inject(fresh, config)
-    fresh.load_state_dict(stored["model"])
-    fresh_optimizer = make(fresh)
+    fresh.load_state_dict(state["model"])
+    optimizer = make(fresh)
     allocator = adalora.RankAllocator(fresh)
     if attach_first:
-        allocator.attach(fresh_optimizer)
-    fresh_optimizer.load_state_dict(stored["optimizer"])
+        allocator.attach(optimizer)
+    optimizer.load_state_dict(state["optimizer"])
     if not attach_first:
-        allocator.attach(fresh_optimizer)
-    return fresh, fresh_optimizer, allocator
+        allocator.attach(optimizer)
+    return fresh, optimizer, allocator
 
 
 MAKERS = {
     "AdamW": adamw,
     "SGD": sgd,
-    "SGD with momentum": lambda model: sgd(model, momentum=0.9),
+    "SGD with momentum": lambda model: sgd(model, lr=0.1, momentum=0.9),
 }
+STOPS = (0, 2, 5, 6, 17, 29, 30, 31, 39)  # in every phase, after, before and between allocations
 
 
 @pytest.mark.parametrize("attach_first", [False, True])
 @pytest.mark.parametrize("importance", METRICS)
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_resume_is_bit_exact_in_the_middle_of_every_phase(make: Any, importance: str, attach_first: bool) -> None:
-    """Peers E1 and E2: adapter and optimizer state are all there is, also through a weights-only file."""
-    for stop in (0, 2, 5, 6, 17, 29, 30, 31, 39):
-        model, data = adapted(importance=importance), Data()
-        optimizer = make(model)
-        allocator = adalora.RankAllocator(model).attach(optimizer)
-        train(model, optimizer, data, stop)
-        other, other_optimizer, other_allocator = reborn(model, optimizer, make, attach_first)
-        assert other_allocator.step == stop
-        assert other_allocator.frozen == allocator.frozen
-        assert keeps(other) == keeps(model), stop
+    """Peers E1 and E2: adapter and optimizer state are all there is."""
+    model, data, states, patterns, frozen = adapted(importance=importance), Data(), {}, {}, {}
+    optimizer = make(model)
+    allocator = adalora.RankAllocator(model).attach(optimizer)
+    for step in range(40):
+        if step in STOPS:
+            states[step], patterns[step], frozen[step] = stored(model, optimizer), keeps(model), allocator.frozen
+        train(model, optimizer, data, range(step, step + 1))
+    for stop in STOPS[:: 1 if make is sgd else 2]:
+        other, other_optimizer, other_allocator = resumed(states[stop], model, make, attach_first)
+        assert (other_allocator.step, other_allocator.frozen) == (stop, frozen[stop])
+        assert keeps(other) == patterns[stop], stop
         assert training_progress(other) == (stop, 40)
-        train(model, optimizer, data, range(stop, 40))
         train(other, other_optimizer, data, range(stop, 40))
         assert largest_difference(snapshot(model), snapshot(other)) == 0.0
         assert keeps(other) == keeps(model)
@@ -803,7 +812,7 @@ def test_resume_after_finalize_stays_final() -> None:
     allocator = adalora.RankAllocator(model).attach(optimizer)
     train(model, optimizer, data, 10)
     allocator.finalize()
-    other, other_optimizer, other_allocator = reborn(model, optimizer, adamw)
+    other, other_optimizer, other_allocator = resumed(stored(model, optimizer), model, adamw)
     assert other_allocator.frozen
     train(other, other_optimizer, data, range(10, 20))
     assert keeps(other) == keeps(model)
@@ -823,7 +832,7 @@ def test_resume_keeps_the_ranks_of_a_module_that_never_had_a_gradient(make: Any)
         (model(x) - y).square().mean().backward()
         optimizer.step()
     assert (model.used.rank, model.spare.rank) == (2, 0)
-    other, _, allocator = reborn(model, optimizer, make)
+    other, _, allocator = resumed(stored(model, optimizer), model, make)
     assert (other.used.rank, other.spare.rank) == (2, 0)
     assert allocator.live == 2
 

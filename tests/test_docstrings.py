@@ -7,11 +7,12 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from adalora.errors import AdaLoraWarning, AdapterFileError, DataError
 from adalora.tasks import docstrings
-from adalora.tasks.baselines import bag_of_words
+from adalora.tasks.baselines import bag_of_words, embed, linear_probe
 from adalora.tasks.docstrings import CAPS, LABELS, DocstringData, Example, type_label
 
 
@@ -112,19 +113,13 @@ def test_a_type_maps_to_a_class_only_when_it_names_one(type_text: str, label: st
     assert type_label(type_text) == label
 
 
-def test_texts_that_disagree_on_their_type_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_that_disagree_on_their_type_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "somepackage"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('the harvest must not import this')\n")
-    entries = (
-        "n : int\n    The size.\nm : {}\n    The extent of it.\nf : callable\n    Called as :func:`~a.b`.\n"
-    )
+    entries = "n : int\n    The size.\nm : {}\n    The extent of it.\nf : callable\n    Called as :func:`~a.b`.\n"
     for name, kind in (("one", "int"), ("two", "float")):
-        (package / f"{name}.py").write_text(
-            f'"""{name}\n\nParameters\n----------\n{entries.format(kind)}"""\n'
-        )
+        (package / f"{name}.py").write_text(f'"""{name}\n\nParameters\n----------\n{entries.format(kind)}"""\n')
     monkeypatch.syspath_prepend(tmp_path)
     assert docstrings.harvest(["somepackage"]) == [
         Example("The size.", "int", "somepackage/one.py"),
@@ -139,9 +134,7 @@ def test_the_split_does_not_depend_on_the_order_of_the_examples(data: DocstringD
     assert docstrings.split(reversed(examples)) == expected
 
 
-def test_the_cache_gives_back_the_harvest(
-    data: DocstringData, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_gives_back_the_harvest(data: DocstringData, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docstrings, "harvest", lambda: pytest.fail("the cache was not used"))
     assert docstrings.load(cache) == data
     [path] = cache.iterdir()
@@ -157,9 +150,7 @@ def test_the_cache_lies_where_the_environment_says(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "edited", "empty", "binary", "no header"])
-def test_a_damaged_cache_is_rebuilt_and_says_so(
-    damage: str, tmp_path: Path, one_example: list[Example]
-) -> None:
+def test_a_damaged_cache_is_rebuilt_and_says_so(damage: str, tmp_path: Path, one_example: list[Example]) -> None:
     good = docstrings.load(tmp_path)
     [path] = tmp_path.iterdir()
     whole = path.read_bytes()
@@ -176,9 +167,7 @@ def test_a_damaged_cache_is_rebuilt_and_says_so(
     assert path.read_bytes() == whole
 
 
-def test_a_cache_that_cannot_be_written_costs_a_warning_only(
-    tmp_path: Path, one_example: list[Example]
-) -> None:
+def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, one_example: list[Example]) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(AdaLoraWarning, match=r"(?s)could not cache.*ADALORA_CACHE"):
         data = docstrings.load(tmp_path / "file" / "folder")
@@ -240,13 +229,27 @@ def test_another_version_of_the_encoder_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_bag_of_words_learns_far_more_than_the_majority(data: DocstringData) -> None:
-    result = bag_of_words(data.train[:800], data.test[:300])
+    result = bag_of_words(data.train[:400], data.test[:300])
     assert 0.55 < result.accuracy < 0.95
     assert 0.45 < result.macro_f1 < 0.95
     assert result.seconds > 0.0
 
 
 def test_the_baselines_choose_c_without_the_test_labels(data: DocstringData) -> None:
-    train, test = data.train[:400], data.test[:100]
-    shuffled = [Example(e.text, LABELS[i % 7], e.source) for i, e in enumerate(test)]
-    assert bag_of_words(train, test).c == bag_of_words(train, shuffled).c
+    train, test = data.train[:200], data.test[:100]
+    relabelled = [Example(e.text, LABELS[i % 7], e.source) for i, e in enumerate(test)]
+    assert bag_of_words(train, test).c == bag_of_words(train, relabelled).c
+
+
+def test_the_linear_probe_pools_over_real_tokens_only(data: DocstringData) -> None:
+    encoder = docstrings.packaged_encoder()
+    short, long = "Number of jobs.", data.train[0].text
+    alone, together = embed(encoder, [short]), embed(encoder, [long, short])
+    assert together.shape == (2, 384)
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
+
+
+def test_the_linear_probe_learns_far_more_than_the_majority(data: DocstringData) -> None:
+    result = linear_probe(docstrings.packaged_encoder(), data.train[:200], data.test[:100])
+    assert 0.45 < result.accuracy < 0.95
+    assert 0.35 < result.macro_f1 < 0.95

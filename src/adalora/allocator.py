@@ -2,8 +2,8 @@
 
 Before each optimizer step the regularizer's gradient joins the others; after it, importance is updated from
 the gradients that the step used and, when the schedule says so, the least important triplets are zeroed.
-Everything that a resumed run needs lives in the optimizer's own state: the averages and the mask beside the
-parameters, the step in the parameter group. So whoever checkpoints the optimizer checkpoints the method.
+Everything that a resumed run needs lives in the optimizer: the averages in the state of each parameter, step
+and mask in the first parameter group. So whoever checkpoints the optimizer checkpoints the method.
 """
 
 from __future__ import annotations
@@ -200,9 +200,8 @@ class RankAllocator:
         scores = module_scores(self._optimizer, self.modules, self.config)
         for module, keep in zip(self.modules.values(), keep_top(scores, budget, self.minimum), strict=True):
             module.lora_keep.copy_(keep)
-            if self._optimizer.state[module.lora_E]:
-                # Stored as the optimizer will restore it: load_state_dict casts to the parameter's dtype.
-                self._optimizer.state[module.lora_E][KEEP] = keep.to(module.lora_E.dtype).view(-1, 1)
+        # Not in the state of lora_E: an optimizer that finds any state there takes its own for initialized.
+        self._group[KEEP] = torch.cat([module.lora_keep for module in self.modules.values()])
         self._mask()
         for listener in self.on_allocate:
             listener(step, budget, {name: module.lora_keep for name, module in self.modules.items()})
@@ -214,8 +213,14 @@ class RankAllocator:
 
     def _restore(self, optimizer: Optimizer) -> None:
         """Take up what `optimizer` holds: after attach, and after its load_state_dict."""
-        check_restored_state(optimizer, self.modules, (SENSITIVITY, UNCERTAINTY, KEEP))
-        for module in self.modules.values():
-            keep = optimizer.state.get(module.lora_E, {}).get(KEEP)
-            module.lora_keep.copy_(torch.ones_like(module.lora_keep) if keep is None else keep.view(-1) > 0.5)
+        check_restored_state(optimizer, self.modules, (SENSITIVITY, UNCERTAINTY))
+        capacities = [module.capacity for module in self.modules.values()]
+        keep = self._group.get(KEEP, torch.ones(sum(capacities), dtype=torch.bool))
+        if keep.numel() != sum(capacities):
+            raise TrainingError(
+                f"the optimizer's state masks {keep.numel()} triplets, the adapter has {sum(capacities)}: this state "
+                "belongs to an adapter of another size."
+            )
+        for module, part in zip(self.modules.values(), keep.split(capacities), strict=True):
+            module.lora_keep.copy_(part)
         record_progress(self.root, Progress(self.step, self.schedule.total_step))

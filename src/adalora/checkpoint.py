@@ -2,13 +2,16 @@
 
 `adapter_config.json` and `adapter_model.safetensors`; PEFT loads ours and we load PEFT's. What PEFT has no
 field for (our whole configuration) stands in the metadata of the tensor file, together with a digest of the
-meaning of the JSON file, so that two files which do not belong together are noticed.
+meaning of the JSON file and one of the tensors, so that a damaged file, or two files which do not belong
+together, are noticed.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,12 @@ from torch import Tensor, nn
 
 from .config import AdaLoraConfig
 from .errors import AdapterFileError
-from .files import write_files
+from .files import staged
 from .injection import adapter_config, adapter_root, install, named_adapters, training_progress
 from .layers import SVDAdapter
-from .reading import CONFIG_FILE, PREFIX, WEIGHTS_FILE, StoredAdapter, config_digest, read_adapter
+from .reading import CONFIG_FILE, PREFIX, WEIGHTS_FILE, StoredAdapter, config_digest, read_adapter, tensors_digest
 from .schedule import Schedule
-from .stored import acting, acting_factors, increment, probe, warn_if_unfinished, whole_tensors
+from .stored import acting, acting_factors, check_finite, increment, probe, warn_if_unfinished, whole_tensors
 
 logger = logging.getLogger("adalora")
 
@@ -40,7 +43,8 @@ def save_adapter(
 
     Returns the largest difference between the increments read back and the live ones, which is 0. Without
     `base_model_name_or_path` a transformers model names itself. Warns if the allocator never ran or the
-    budget is not met; a checkpoint taken during training asks for no `warn`. Raises AdapterFileError.
+    budget is not met; a checkpoint taken during training asks for no `warn`. Raises AdapterFileError, also
+    for an adapter with values that are not finite.
     """
     if warn:
         warn_if_unfinished(model)
@@ -54,14 +58,14 @@ def save_adapter(
     modules = dict(named_adapters(root))
     for name, value in whole_tensors(root):
         tensors[PREFIX + base_key(name, modules)] = value
-    own = {"config": adapter_config(root).to_dict(), "config_sha256": config_digest(config)}
-    metadata = {"format": "pt", "adalora": json.dumps(own, sort_keys=True)}
-    writers = {
-        WEIGHTS_FILE: lambda path: save_file(tensors, path, metadata),
-        CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8"),
-    }
-    write_files(folder, writers)
-    return _check(root, read_adapter(folder), folder)
+    check_finite(tensors)
+    own = adapter_config(root).to_dict()
+    digests = {"config_sha256": config_digest(config, own), "tensors_sha256": tensors_digest(tensors)}
+    metadata = {"format": "pt", "adalora": json.dumps({"config": own} | digests, sort_keys=True)}
+    with staged(folder) as staging:
+        save_file(tensors, staging / WEIGHTS_FILE, metadata)
+        (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
+        return _check(root, read_adapter(staging), folder)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:
@@ -99,6 +103,14 @@ def base_key(name: str, modules: dict[str, SVDAdapter]) -> str:
     return f"{owner}.base_layer.{leaf}" if owner in modules else name
 
 
+def exact_targets(root: nn.Module, names: Collection[str]) -> list[str] | str:
+    """`target_modules` for PEFT that mean these modules alone; entries of a list mean other names that end so too."""
+    others = {name for name, _ in root.named_modules()} - set(names)
+    if any(other.endswith(f".{name}") for name in names for other in others):
+        return "|".join(map(re.escape, names))
+    return list(names)
+
+
 def _peft_config(root: nn.Module, base: str | None, task_type: str | None) -> dict[str, Any]:
     config, modules = adapter_config(root), dict(named_adapters(root))
     pattern = {f"{name}.lora_E": acting(module).tolist() for name, module in modules.items()}
@@ -109,7 +121,7 @@ def _peft_config(root: nn.Module, base: str | None, task_type: str | None) -> di
         "task_type": task_type,
         "inference_mode": True,
         "base_model_name_or_path": base,
-        "target_modules": list(modules),
+        "target_modules": exact_targets(root, modules),
         "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
         "bias": config.bias,
         "fan_in_fan_out": any(type(module).base_type.__name__ == "Conv1D" for module in modules.values()),

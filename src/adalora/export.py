@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .checkpoint import base_key, base_name
+from .checkpoint import base_key, base_name, exact_targets
 from .errors import AdapterFileError, InjectionError
-from .files import staged, write_files
+from .files import staged
 from .injection import adapter_config, adapter_root, merge, named_adapters, unmerge
 from .layers import SVDAdapter, SVDConv, SVDEmbedding
 from .reading import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from .stored import acting_factors, increment, probe, warn_if_unfinished, whole_tensors
+from .stored import acting_factors, check_finite, increment, probe, warn_if_unfinished, whole_tensors
 
 logger = logging.getLogger("adalora")
 
@@ -71,14 +71,11 @@ def export_lora(
     ranks = {name: rank * expand[name] for name, rank in ranks.items()}
     config = _lora_config(root, ranks, base_model_name_or_path or base_name(root), task_type)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_files(
-        folder,
-        {
-            WEIGHTS_FILE: lambda path: save_file(tensors, path, {"format": "pt"}),
-            CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8"),
-        },
-    )
-    return _check_lora(modules, Path(folder))
+    check_finite(tensors)
+    with staged(folder) as staging:
+        save_file(tensors, staging / WEIGHTS_FILE, {"format": "pt"})
+        (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
+        return _check_lora(modules, staging, folder)
 
 
 def export_merged(model: nn.Module, folder: str | Path) -> float:
@@ -173,7 +170,7 @@ def _lora_config(root: nn.Module, ranks: dict[str, int], base: str | None, task_
         "task_type": task_type,
         "inference_mode": True,
         "base_model_name_or_path": base,
-        "target_modules": list(ranks),
+        "target_modules": exact_targets(root, ranks),
         "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
         "bias": config.bias,
         "fan_in_fan_out": conv1d,
@@ -186,9 +183,9 @@ def _lora_config(root: nn.Module, ranks: dict[str, int], base: str | None, task_
     }
 
 
-def _check_lora(modules: dict[str, SVDAdapter], folder: Path) -> float:
+def _check_lora(modules: dict[str, SVDAdapter], staging: Path, folder: str | Path) -> float:
     """Compare on probes; a module that is absent from the file computes 0."""
-    stored, worst, largest = load_file(folder / WEIGHTS_FILE), 0.0, 0.0
+    stored, worst, largest = load_file(staging / WEIGHTS_FILE), 0.0, 0.0
     for name, module in modules.items():
         x, (A, E, B) = probe(module), acting_factors(module)
         live = increment(x, (A, E, B), module.scaling)
@@ -218,7 +215,7 @@ def _check_merged(root: nn.Module, wanted: dict[str, Tensor], folder: Path) -> f
     return worst / largest if largest else worst
 
 
-def _verdict(worst: float, largest: float, folder: Path) -> float:
+def _verdict(worst: float, largest: float, folder: str | Path) -> float:
     relative = worst / largest if largest else worst
     logger.info("reload check of %s: max difference %.1e of the largest increment", folder, relative)
     if relative > TOLERANCE:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def delta_matrix(A: Tensor, E: Tensor, B: Tensor, scaling: float) -> Tensor:
     """s · B diag(E) A, shape (out, in): the increment of equation 3."""
-    return (B * (E.T * scaling)) @ A  # (out, r) @ (r, in)
+    return (B * (E.view(-1) * scaling)) @ A  # (out, r) @ (r, in)
 
 
 def low_rank_linear(x: Tensor, A: Tensor, E: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -29,8 +29,9 @@ def low_rank_embedding(ids: Tensor, A: Tensor, E: Tensor, B: Tensor, scaling: fl
 
 
 def _gate(projected: Tensor, E: Tensor, scaling: float) -> Tensor:
-    # s·E scales r numbers a token here; applied to the output it would pass over all `out` of them.
-    return projected * (E.T * scaling).to(projected.dtype)  # (..., r)
+    # s·E scales r numbers a token here; applied to the output it would pass over all `out` of them. A view and
+    # not a transpose: the gradient of E comes out contiguous, as DistributedDataParallel wants it.
+    return projected * (E.view(-1) * scaling).to(projected.dtype)  # (..., r)
 
 
 def _like(x: Tensor, weight: Tensor) -> Tensor:

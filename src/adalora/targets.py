@@ -48,7 +48,7 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> dict[str, nn.Module
         f"{name}.{child}".lstrip("."): parent for name, parent in model.named_modules() for child in parent._modules
     }
     for name, module in wanted.items():
-        reason = _refusal(module, parents[name])
+        reason = refusal(module, parents[name])
         if reason:
             raise InjectionError(
                 f"cannot adapt {name!r} ({type(module).__name__}): {reason} To leave it out, add it to "
@@ -101,7 +101,7 @@ def _in_layers(name: str, config: AdaLoraConfig) -> bool:
     return False
 
 
-def _refusal(module: nn.Module, parent: nn.Module) -> str | None:
+def refusal(module: nn.Module, parent: nn.Module) -> str | None:
     """Why an increment on this module would fail or be ignored; None if it works."""
     if isinstance(module, SVDAdapter):
         return "it already has an adapter; call adalora.eject(model) first, or attach a new RankAllocator to it."

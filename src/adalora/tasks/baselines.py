@@ -88,6 +88,7 @@ def _fit_and_score(
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import accuracy_score, f1_score
     from sklearn.model_selection import GroupShuffleSplit
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     labels = [example.label for example in train]
     sources = [example.source for example in train]
@@ -95,8 +96,10 @@ def _fit_and_score(
     fit, held_out = (rows.tolist() for rows in next(folds))
 
     def predict(c: float, matrix: Any, rows: list[int], asked: list[int]) -> Any:
-        model = LogisticRegression(C=c, max_iter=2000)
-        return model.fit(matrix[rows], [labels[i] for i in rows]).predict(matrix[asked])
+        # One thread: on a busy machine small solvers spend most of their time waiting for the other one.
+        with threadpool_limits(1):
+            model = LogisticRegression(C=c, max_iter=2000).fit(matrix[rows], [labels[i] for i in rows])
+            return model.predict(matrix[asked])
 
     matrix = features(fit)
     held_out_labels = [labels[i] for i in held_out]

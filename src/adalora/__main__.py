@@ -1,0 +1,16 @@
+"""`adalora` and `python -m adalora`. In a core install without the command line, one line says what to add."""
+
+import sys
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        from .cli import run_app
+    except ModuleNotFoundError as error:
+        sys.exit(f'adalora: the command line needs {error.name!r}: pip install "adalora[hf]"')
+    sys.exit(run_app())
+
+
+if __name__ == "__main__":
+    main()

