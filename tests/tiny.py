@@ -132,6 +132,9 @@ def peft_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Adapter 'default': .* invalid shape")  # of rank 0
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # a model with Linear and Conv1D
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part")
+        warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups > 1")
         yield
 
 

@@ -1,15 +1,40 @@
 """AdaLoRA: a parameter budget that moves to where the model needs it. See README.md for the picture."""
 
-from .allocator import RankAllocator
-from .checkpoint import load_adapter, save_adapter
-from .config import AdaLoraConfig
-from .errors import AdaLoraError, AdaLoraWarning
-from .export import export_lora, export_merged
-from .injection import adapter_parameters, disabled, eject, inject, merge, unmerge
-from .regularizer import orthogonality_penalty
-from .report import rank_report
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .allocator import RankAllocator
+    from .checkpoint import load_adapter, save_adapter
+    from .config import AdaLoraConfig
+    from .errors import AdaLoraError, AdaLoraWarning
+    from .export import export_lora, export_merged
+    from .injection import adapter_parameters, disabled, eject, inject, merge, unmerge
+    from .regularizer import orthogonality_penalty
+    from .report import rank_report
 
 __version__ = "0.1.0"
+
+# Each name is fetched from its file at first use, so that the command line answers --help without torch.
+_HOME = {
+    "AdaLoraConfig": "config",
+    "AdaLoraError": "errors",
+    "AdaLoraWarning": "errors",
+    "RankAllocator": "allocator",
+    "adapter_parameters": "injection",
+    "disabled": "injection",
+    "eject": "injection",
+    "export_lora": "export",
+    "export_merged": "export",
+    "inject": "injection",
+    "load_adapter": "checkpoint",
+    "merge": "injection",
+    "orthogonality_penalty": "regularizer",
+    "rank_report": "report",
+    "save_adapter": "checkpoint",
+    "unmerge": "injection",
+}
+
 __all__ = [
     "AdaLoraConfig",
     "AdaLoraError",
@@ -28,3 +53,11 @@ __all__ = [
     "save_adapter",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -148,6 +148,13 @@ class RankAllocator:
             self.schedule.initial_budget,
         )
 
+    def restart(self) -> None:
+        """Follow the whole schedule again, with every triplet alive; the averages forget by themselves."""
+        for key in (KEEP, STEP, FROZEN):
+            self._group.pop(key, None)
+        assert self._optimizer is not None
+        self._restore(self._optimizer)
+
     @property
     def _group(self) -> dict[str, Any]:
         if self._optimizer is None:

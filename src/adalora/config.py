@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -135,15 +136,20 @@ class AdaLoraConfig:
             if not all(isinstance(item, entry) for item in entries):
                 raise ConfigError(f"{name} is {value!r}; every entry must be {entry.__name__}.")
             object.__setattr__(self, name, entries)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_pattern(name, getattr(self, name))
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern does nothing without layers_to_transform; set both or neither.")
 
     def _check_rank_bounds(self) -> None:
         for name in ("min_rank", "max_rank"):
             bound = getattr(self, name)
-            for key, value in bound.items() if isinstance(bound, Mapping) else ((None, bound),):
-                if value is not None:
-                    _check_int(name if key is None else f"{name}[{key!r}]", value, least=0, most=self.init_r)
+            if isinstance(bound, Mapping):
+                object.__setattr__(self, name, dict(bound))
+                for key, value in bound.items():
+                    _check_int(f"{name}[{key!r}]", value, least=0, most=self.init_r)
+            elif name == "min_rank" or bound is not None:
+                _check_int(name, bound, least=0, most=self.init_r)
         if isinstance(self.min_rank, int) and isinstance(self.max_rank, int) and self.min_rank > self.max_rank:
             raise ConfigError(f"min_rank ({self.min_rank}) is above max_rank ({self.max_rank}).")
 
@@ -152,9 +158,10 @@ class AdaLoraConfig:
             value = getattr(self, name)
             if isinstance(value, float):
                 if not 0.0 <= value < 1.0:
+                    steps = round(value) if 1.0 <= value < math.inf else 100
                     raise ConfigError(
                         f"{name} is {value}; a float is a fraction of the run and lies in [0, 1). For a number "
-                        f"of steps write an int: {name}={value:.0f}."
+                        f"of steps write an int, such as {name}={steps}."
                     )
             else:
                 _check_int(name, value, least=least)
@@ -166,6 +173,17 @@ class AdaLoraConfig:
                 f"tinit ({self.tinit}) and tfinal ({self.tfinal}) leave nothing of the run to reduce the budget in; "
                 "their sum must be below 1."
             )
+
+
+def _check_pattern(name: str, value: str | tuple[str, ...] | None) -> None:
+    # Entries of a list are plain endings, but for layers_pattern.
+    for pattern in (value,) if isinstance(value, str) else value if value and name == "layers_pattern" else ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"{name} is {value!r}, which is no regular expression ({error}). Mend it, or give a list of plain names."
+            ) from error
 
 
 def _check_int(name: str, value: object, *, least: int, most: int | None = None) -> None:
@@ -190,7 +208,7 @@ def _check_real(
     if too_low or not value < below:
         low = f"at least {least}" if least is not None else f"above {above}"
         raise ConfigError(
-            f"{name} is {value}; it must be {low}" + (f" and below {below}." if below < math.inf else ".")
+            f"{name} is {value}; it must be {low} and " + (f"below {below}." if below < math.inf else "finite.")
         )
 
 

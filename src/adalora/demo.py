@@ -17,7 +17,8 @@ from .errors import ConfigError
 from .recipe import load_recipe
 from .summary import print_heatmap
 from .tasks.baselines import BaselineResult, bag_of_words, linear_probe
-from .tasks.docstrings import load, packaged_encoder, write_jsonl
+from .tasks.docstrings import load, write_jsonl
+from .tasks.encoder import packaged_encoder
 from .train import RunResult, run
 
 SENTENCES = (

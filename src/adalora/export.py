@@ -94,16 +94,18 @@ def export_merged(model: nn.Module, folder: str | Path) -> float:
             f"{name}.weight": (module.weight.to(module.lora_A.dtype) + module.delta_weight()).cpu()
             for name, module in named_adapters(root)
         }
+    check_finite(wanted)
     merge(root)
     try:
         own = {f"{name}.{part}" for name, _ in named_adapters(root) for part in ("lora_A", "lora_E", "lora_B")}
         state = {key: value for key, value in root.state_dict().items() if key not in own}
         with staged(folder) as staging:
-            if hasattr(root, "save_pretrained"):
+            if hasattr(root, "_keys_to_ignore_on_save"):  # others have a save_pretrained too, but not this one
                 _save_pretrained(root, staging, state)
             else:
                 save_file(_unshared(state), staging / "model.safetensors", {"format": "pt"})
             relative = _check_merged(root, wanted, staging)
+            _refuse_stale(staging, Path(folder))
     finally:
         unmerge(root)
     logger.info("reload check of %s: max difference %.1e of the largest increment", folder, relative)
@@ -118,6 +120,16 @@ def _save_pretrained(root: nn.Module, folder: Path, state: dict[str, Tensor]) ->
     finally:
         if narrowed is not None:
             setattr(root, "_keys_to_ignore_on_save", narrowed)  # noqa: B010
+
+
+def _refuse_stale(staging: Path, folder: Path) -> None:
+    """Weights of another model, or of more shards, that would stay beside the new ones and be loaded with them."""
+    stale = {file.name for file in folder.glob("*.safetensors")} - {file.name for file in staging.iterdir()}
+    if stale:
+        raise AdapterFileError(
+            f"{str(folder)!r} holds {sorted(stale)[0]!r} already, which a reader could take for a part of this model; "
+            "remove it, or choose another folder."
+        )
 
 
 def _folded(module: SVDAdapter) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,9 @@ def inject(model: M, config: AdaLoraConfig | None = None) -> M:
     for pattern in config.modules_to_save or ():
         if not any(matches(name, [pattern]) for name, _ in model.named_modules()):
             raise InjectionError(f"modules_to_save names {pattern!r}, but {type(model).__name__} has no such module.")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise InjectionError(f"{name!r} is lazy and cannot be frozen yet; run one forward pass first.")
     ranks = {name: bound(config.max_rank, name, config.init_r) for name in targets}
     _check_budget(config, ranks)
     install(model, config, ranks)

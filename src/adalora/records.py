@@ -16,7 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .files import write_files
 from .integrations.transformers import AdaLoraCallback
+from .recipe import Recipe
 
 logger = logging.getLogger("adalora")
 
@@ -24,15 +26,18 @@ logger = logging.getLogger("adalora")
 class RunRecorder(TrainerCallback):
     """Appends every log of the Trainer to metrics.jsonl and every allocation to ranks.jsonl.
 
-    Stands behind `source`, whose allocator exists once training has begun, in the list of callbacks.
+    Stands behind `source`, whose allocator exists once training has begun, in the list of callbacks. The
+    folder is made then, with the recipe in it: what is wrong with a schedule has shown itself before.
     """
 
-    def __init__(self, folder: Path, source: AdaLoraCallback | None) -> None:
-        self.folder, self.source = folder, source
+    def __init__(self, folder: Path, recipe: Recipe, source: AdaLoraCallback | None) -> None:
+        self.folder, self.recipe, self.source = folder, recipe, source
         self.live: list[tuple[int, int]] = []  # (step, live triplets) after each allocation
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen to the allocator."""
+        """Make the folder, and listen to the allocator."""
+        text = self.recipe.dump()
+        write_files(self.folder, {"recipe.yaml": lambda path: path.write_text(text, encoding="utf-8")})
         if self.source is not None and self.source.allocator is not None:
             self.source.allocator.on_allocate.append(self._on_allocate)
 

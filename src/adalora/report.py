@@ -69,9 +69,10 @@ class RankReport:
         kinds, layers, ranks = self.grid()
         labels, top = short_labels(kinds), max([row.capacity for row in self.rows] + [1])
         width = max([len(label) for label in labels] + [5])
-        lines = [f"{'layer':>{width}} " + "".join(f"{'–' if layer is None else layer:>4}" for layer in layers)]
+        size = max(4, len(str(top)) + 1)
+        lines = [f"{'layer':>{width}} " + "".join(f"{'–' if layer is None else layer:>{size}}" for layer in layers)]
         for label, row in zip(labels, ranks, strict=True):
-            lines.append(f"{label:>{width}} " + "".join(_cell(rank, top, color) for rank in row))
+            lines.append(f"{label:>{width}} " + "".join(_cell(rank, top, size, color) for rank in row))
         return "\n".join(lines)
 
 
@@ -106,8 +107,8 @@ def short_labels(kinds: list[str]) -> list[str]:
     return labels
 
 
-def _cell(rank: int | None, top: int, color: bool) -> str:
-    text = f"{'' if rank is None else rank:>4}"
+def _cell(rank: int | None, top: int, size: int, color: bool) -> str:
+    text = f"{'' if rank is None else rank:>{size}}"
     if rank is None or not color:
         return text
     background, foreground = _SHADES[round(rank / top * (len(_SHADES) - 1))]

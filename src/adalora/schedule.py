@@ -61,14 +61,10 @@ class Schedule:
     @classmethod
     def from_config(cls, config: AdaLoraConfig, initial_budget: int, target_budget: int, total_step: int) -> Schedule:
         """Resolve the phases of `config`, steps or fractions, against a run of `total_step` steps."""
-        return cls(
-            initial_budget,
-            target_budget,
-            tinit=_steps(config.tinit, total_step),
-            tfinal=_steps(config.tfinal, total_step),
-            deltaT=max(_steps(config.deltaT, total_step), 1),
-            total_step=total_step,
-        )
+        tinit = _steps(config.tinit, total_step, most=total_step - 1)
+        tfinal = _steps(config.tfinal, total_step, most=total_step - 1 - tinit)
+        deltaT = max(_steps(config.deltaT, total_step, most=total_step), 1)
+        return cls(initial_budget, target_budget, tinit, tfinal, deltaT, total_step)
 
     @property
     def freeze_step(self) -> int:
@@ -104,6 +100,6 @@ class Schedule:
         return self.phase(step) is Phase.REDUCTION and step % self.deltaT == 0
 
 
-def _steps(duration: int | float, total_step: int) -> int:
-    """A duration in steps: as it is, or as a fraction of the run."""
-    return round(duration * total_step) if isinstance(duration, float) else duration
+def _steps(duration: int | float, total_step: int, most: int) -> int:
+    """A duration in steps: as it is, or as a fraction of the run, which fits a run of any length."""
+    return max(min(round(duration * total_step), most), 0) if isinstance(duration, float) else duration

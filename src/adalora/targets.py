@@ -108,7 +108,8 @@ def refusal(module: nn.Module, parent: nn.Module) -> str | None:
     kind = adapter_type(type(module))
     if kind is None:
         return "there is an adapter for Linear, Conv1d/2d/3d, Embedding and transformers' Conv1D only."
-    if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        # The second is torch's older way (weight_norm, spectral_norm, prune): computed anew before each forward.
         return "its weight is parametrized; remove the parametrization first."
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "it is lazy and has no weight yet; run one forward pass first."

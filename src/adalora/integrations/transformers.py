@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -23,13 +23,18 @@ from ..allocator import RankAllocator
 from ..checkpoint import save_adapter
 from ..config import AdaLoraConfig
 from ..errors import ConfigError, InjectionError, TrainingError
-from ..injection import adapter_config, adapter_root, inject, named_adapters, trained_biases
+from ..injection import adapter_config, adapter_root, inject, merge, named_adapters, trained_biases, unmerge
 from ..regularizer import orthogonality_penalty
 from ..targets import saved_modules
 
 logger = logging.getLogger("adalora")
 
 CHECKPOINT_PREFIX = "checkpoint-"  # of the folders from which a Trainer resumes
+
+_NO_WAY_BACK = (
+    "checkpoints of a sentence-transformers model hold merged weights, which its trainer cannot load back into an "
+    "adapted model."
+)
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -61,16 +66,25 @@ class AdaLoraCallback(TrainerCallback):
             )
         if isinstance(model, PreTrainedModel):
             save_adapter_only(model)
+        elif any(isinstance(module, PreTrainedModel) for module in model.modules()) and hasattr(model, "save"):
+            if args.load_best_model_at_end:
+                raise TrainingError(f"{_NO_WAY_BACK} Unset `load_best_model_at_end` in the training arguments.")
+            save_merged_and_adapter(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the optimizer, which has its restored state by now, for the run's number of steps."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if not is_adapted(model):
             raise TrainingError(
-                "the model has no adapter: AdaLoraCallback was added after the Trainer was built. Pass it as "
-                "Trainer(callbacks=[AdaLoraCallback()]), or call adalora.inject on the model before."
+                "the model has no adapter: AdaLoraCallback was added after the Trainer was built, or a `model_init` "
+                "built the model anew. Pass Trainer(callbacks=[AdaLoraCallback()]); with a `model_init`, let it "
+                "return adalora.inject(model, config)."
             )
-        self.allocator = RankAllocator(model, total_step=state.max_steps).attach(optimizer)
+        self.allocator = allocator = RankAllocator(model, total_step=state.max_steps).attach(optimizer)
+        # The optimizer outlives a run that failed, as where auto_find_batch_size tries again. A pattern that is
+        # final stays, though: whoever trains on has spent the budget already.
+        if state.global_step == 0 and not allocator.frozen:
+            allocator.restart()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add what the method did to the training logs."""
@@ -139,20 +153,61 @@ def save_adapter_only(model: PreTrainedModel) -> None:
     folder also is an adapter folder that PEFT and `load_adapter` read.
     """
     config = adapter_config(model)
-    kept = {f"{name}.{part}" for name, _ in named_adapters(model) for part in ("lora_A", "lora_E", "lora_B")}
+    kept = _adapter_keys(model)
     kept |= {f"{name}.{key}" for name, module in saved_modules(model, config) for key in module.state_dict()}
     kept |= {name for name, _ in trained_biases(model, config)}
     model._keys_to_ignore_on_save = set(model.state_dict()) - kept
-    model.save_pretrained = MethodType(_save_pretrained, model)
+    model.save_pretrained = partial(_save_pretrained, model)
 
 
-def _save_pretrained(self: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
-    if not is_adapted(self):  # ejected since: an ordinary model again
-        del self.save_pretrained, self._keys_to_ignore_on_save
-        self.save_pretrained(save_directory, **kwargs)
+def save_merged_and_adapter(model: nn.Module) -> None:
+    """Make `model.save` of a sentence-transformers model write merged weights, and the adapter in `adapter/`.
+
+    The folder loads as SentenceTransformer(folder), which drops tensors that its base model does not know.
+    """
+    adapter = _adapter_keys(model)
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            own = {key.removeprefix(f"{name}.") for key in adapter if key.startswith(f"{name}.")}
+            module._keys_to_ignore_on_save = set(module._keys_to_ignore_on_save or ()) | own
+    model.save = partial(_save_merged_and_adapter, model)  # type: ignore[assignment]
+    model.register_load_state_dict_pre_hook(_refuse_merged)
+
+
+def _adapter_keys(model: nn.Module) -> set[str]:
+    return {f"{name}.{part}" for name, _ in named_adapters(model) for part in ("lora_A", "lora_E", "lora_B")}
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
+    if not is_adapted(model):  # ejected since: an ordinary model again
+        del model.save_pretrained, model._keys_to_ignore_on_save
+        model.save_pretrained(save_directory, **kwargs)
         return
     resumable = Path(save_directory).name.startswith(CHECKPOINT_PREFIX)
     if resumable:
-        type(self).save_pretrained(self, save_directory, **kwargs)
-    save_adapter(self, save_directory, warn=not resumable)
-    self.config.save_pretrained(save_directory)
+        type(model).save_pretrained(model, save_directory, **kwargs)
+    save_adapter(model, save_directory, warn=not resumable)
+    model.config.save_pretrained(save_directory)
+
+
+def _save_merged_and_adapter(model: nn.Module, path: str | Path, *args: Any, **kwargs: Any) -> None:
+    save: Any = type(model).save
+    if not is_adapted(model):
+        save(model, path, *args, **kwargs)
+        return
+    save_adapter(model, Path(path) / "adapter", warn=not Path(path).name.startswith(CHECKPOINT_PREFIX))
+    merged = any(module.merged for _, module in named_adapters(model))
+    merge(model)
+    try:
+        save(model, path, *args, **kwargs)
+    finally:
+        if not merged:
+            unmerge(model)
+
+
+def _refuse_merged(model: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    if is_adapted(model) and not _adapter_keys(model) <= set(state):
+        raise TrainingError(
+            f"{_NO_WAY_BACK} To go on from it, load {'adapter/'!r} of that folder into the base model with "
+            "adalora.load_adapter(model, folder, trainable=True) and train anew."
+        )

@@ -88,7 +88,7 @@ def _fit_and_score(
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import accuracy_score, f1_score
     from sklearn.model_selection import GroupShuffleSplit
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     labels = [example.label for example in train]
     sources = [example.source for example in train]

