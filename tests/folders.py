@@ -28,12 +28,12 @@ def save_bert(folder: Path) -> Path:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
+        hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=32,
+        intermediate_size=64,
         max_position_embeddings=16,
-        initializer_range=0.3,  # else attention is uniform, and no query matters
+        initializer_range=0.15,  # else attention is uniform, and no query matters
     )
     BertModel(config).save_pretrained(folder)
     return folder
@@ -49,7 +49,7 @@ def rows(count: int, seed: int = 0) -> list[dict[str, object]]:
     made: list[dict[str, object]] = []
     for index in range(count):
         kind, words = ("animal", ANIMALS) if index % 2 else ("plant", PLANTS)
-        text = " ".join(pick(FILLERS) for _ in range(index % 4)) + " " + pick(words)
+        text = " ".join(pick(FILLERS) for _ in range(index % 3 // 2)) + " " + pick(words)
         made.append({"text": text.strip(), "label": kind, "pair": pick(FILLERS), "score": float(index % 2)})
     return made
 

@@ -42,7 +42,9 @@ def test_exactly_the_budget_is_kept_and_no_sum_is_higher(problem: tuple[list[lis
     keeps = keep_top(tensors(scores), budget, minimum)
     assert sum(int(keep.sum()) for keep in keeps) == budget
     assert all(int(keep.sum()) >= least for keep, least in zip(keeps, minimum, strict=True))
-    chosen = sorted((s for values, keep in zip(scores, keeps, strict=True) for s, k in zip(values, keep, strict=True) if k))
+    chosen = sorted(
+        (s for values, keep in zip(scores, keeps, strict=True) for s, k in zip(values, keep, strict=True) if k)
+    )
     assert chosen == sorted(best_by_trying(scores, budget, minimum))
 
 

@@ -306,6 +306,15 @@ def test_listeners_hear_every_allocation_and_nothing_else() -> None:
     assert heard == [(step, budget, budget, ["first", "second"]) for step, budget in expected]
 
 
+def test_what_a_listener_keeps_does_not_change_later() -> None:
+    model, data, heard = adapted(), Data(), []
+    optimizer = adamw(model)
+    allocator = adalora.RankAllocator(model).attach(optimizer)
+    allocator.on_allocate.append(lambda step, budget, keep: heard.append(keep))
+    train(model, optimizer, data)
+    assert [sum(int(k.sum()) for k in keep.values()) for keep in heard] == [6, 4, 3, 2, 2, 2, 2, 2]
+
+
 def test_phase_budget_and_step_tell_where_the_run_is() -> None:
     model, data, seen = adapted(), Data(), {}
     optimizer = adamw(model)
@@ -724,6 +733,22 @@ def test_sixteen_bit_adapters_are_refused(dtype: torch.dtype) -> None:
     model = adapted().to(dtype)
     with pytest.raises(TrainingError, match=rf"first\.lora_A is {dtype}; importance is lost in 16 bits"):
         adalora.RankAllocator(model).attach(sgd(model))
+
+
+def test_two_models_in_one_optimizer_are_refused() -> None:
+    """Both would count the steps of one and the same optimizer."""
+    one, two = adapted(), adapted()
+    optimizer = torch.optim.SGD([*adalora.adapter_parameters(one), *adalora.adapter_parameters(two)], lr=0.1)
+    first = adalora.RankAllocator(one).attach(optimizer)
+    with pytest.raises(TrainingError, match=r"already runs the allocator of another model .*its own optimizer"):
+        adalora.RankAllocator(two).attach(optimizer)
+    first.detach()
+    adalora.RankAllocator(two).attach(optimizer)
+
+
+def test_an_adapter_without_any_triplet_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"every module has rank 0.*raise max_rank"):
+        adalora.RankAllocator(adapted(max_rank=0, target_r=0))
 
 
 def test_only_optimizers_can_be_attached_to() -> None:

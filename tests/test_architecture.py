@@ -111,15 +111,33 @@ def test_frameworks_are_imported_in_their_rings_only() -> None:
 def test_importing_the_package_loads_torch_and_safetensors_and_nothing_else() -> None:
     """What torch itself pulls in is torch's affair."""
     code = (
-        "import sys, torch, safetensors.torch; before = set(sys.modules); import adalora; "
+        "import sys, torch, safetensors.torch; before = set(sys.modules); from adalora import *; "
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before})); "
         "print(*sorted({m.split('.')[0] for m in sys.modules}))"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     added, everything = (set(line.split()) for line in output.splitlines())
     assert added - set(sys.stdlib_module_names) == {"adalora"}
-    for name in ("transformers", "peft", "accelerate", "scipy", "matplotlib", "sklearn", "pydantic", "rich", "typer", "yaml"):
+    for name in (
+        "transformers",
+        "peft",
+        "accelerate",
+        "scipy",
+        "matplotlib",
+        "sklearn",
+        "pydantic",
+        "rich",
+        "typer",
+        "yaml",
+    ):
         assert name not in everything
+
+
+def test_the_package_itself_loads_without_torch() -> None:
+    """So that a command line answers at once; each public name fetches what it needs."""
+    code = "import sys, adalora; print('torch' in sys.modules, adalora.__version__)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["False", adalora.__version__]
 
 
 def test_public_names_are_exactly_these() -> None:
@@ -141,8 +159,11 @@ def test_public_names_are_exactly_these() -> None:
         "save_adapter",
         "unmerge",
     ]
-    exposed = {name for name in vars(adalora) if not name.startswith("_")} - set(FILES) - {top(name) for name in FILES}
-    assert exposed == set(adalora.__all__)
+    assert sorted(dir(adalora)) == sorted([*adalora.__all__, "__version__"])
+    for name in adalora.__all__:
+        assert getattr(adalora, name).__module__ == f"adalora.{adalora._HOME[name]}"
+    with pytest.raises(AttributeError, match="module 'adalora' has no attribute 'RankAlocator'"):
+        _ = adalora.RankAlocator
 
 
 def test_every_public_name_is_documented() -> None:

@@ -20,12 +20,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "empty target": ({"target_modules": ""}, "target_modules is ''; name at least one"),
     "target of wrong type": ({"target_modules": 3}, "target_modules is 3; give a list of str"),
     "target of wrong entries": ({"target_modules": ["q", 3]}, r"target_modules is \['q', 3\]; every entry must be str"),
-    "target no regex": ({"target_modules": "(q"}, r"target_modules is '\(q', which is no regular expression .*give a list"),
+    "target no regex": (
+        {"target_modules": "(q"},
+        r"target_modules is '\(q', which is no regular expression .*list plain names",
+    ),
     "exclusion no regex": ({"exclude_modules": "*q"}, r"exclude_modules is '\*q', which is no regular expression"),
     "exclusion of wrong type": ({"exclude_modules": {"q": 1}}, "exclude_modules is {'q': 1}; give a list of str"),
     "layers by name": ({"layers_to_transform": ["1"]}, r"layers_to_transform is \['1'\]; every entry must be int"),
     "layers as text": ({"layers_to_transform": "1"}, "layers_to_transform is '1'; give a list of int"),
-    "pattern without layers": ({"layers_pattern": "h"}, "layers_pattern does nothing without layers_to_transform; set both"),
+    "pattern without layers": (
+        {"layers_pattern": "h"},
+        "layers_pattern does nothing without layers_to_transform; set both",
+    ),
     "pattern no regex": (
         {"layers_pattern": ["h["], "layers_to_transform": 1},
         r"layers_pattern is \('h\[',\), which is no regular expression",
@@ -36,7 +42,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rank of wrong type": ({"init_r": 8.0}, r"init_r is 8\.0 \(float\); it must be an int"),
     "rank of True": ({"init_r": True}, r"init_r is True \(bool\); it must be an int"),
     "negative target rank": ({"target_r": -1}, "target_r is -1; it must be at least 0"),
-    "target above start": ({"init_r": 4, "target_r": 5}, r"target_r \(5\) is above init_r \(4\); .*start with at least as many"),
+    "target above start": (
+        {"init_r": 4, "target_r": 5},
+        r"target_r \(5\) is above init_r \(4\); .*start with at least as many",
+    ),
     "negative minimum": ({"min_rank": -1}, r"min_rank is -1; it must be between 0 and init_r \(12\)"),
     "minimum above start": ({"min_rank": 13}, r"min_rank is 13; it must be between 0 and init_r \(12\)"),
     "no minimum": ({"min_rank": None}, r"min_rank is None \(NoneType\); it must be an int"),
@@ -51,19 +60,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "alpha as text": ({"lora_alpha": "16"}, r"lora_alpha is '16' \(str\); it must be a number"),
     "dropout of everything": ({"lora_dropout": 1.0}, r"lora_dropout is 1\.0; it must be at least 0\.0 and below 1\.0"),
     "negative dropout": ({"lora_dropout": -0.1}, r"lora_dropout is -0\.1; it must be at least 0\.0"),
-    "warm-up above 1": ({"tinit": 1.5}, r"tinit is 1\.5; a float is a fraction.*\[0, 1\).*write an int, such as tinit=2\."),
+    "warm-up above 1": (
+        {"tinit": 1.5},
+        r"tinit is 1\.5; a float is a fraction.*\[0, 1\).*write an int, such as tinit=2\.",
+    ),
     "warm-up negative": ({"tinit": -0.5}, r"tinit is -0\.5; a float is a fraction.*write an int, such as tinit=100\."),
     "warm-up not a number": ({"tinit": float("nan")}, "tinit is nan; a float is a fraction"),
     "warm-up of -1": ({"tinit": -1}, "tinit is -1; it must be at least 0"),
     "final phase as text": ({"tfinal": "0.4"}, r"tfinal is '0\.4' \(str\); it must be an int"),
     "interval of 0": ({"deltaT": 0}, "deltaT is 0; it must be at least 1"),
     "interval of 10.0": ({"deltaT": 10.0}, r"deltaT is 10\.0; .*write an int, such as deltaT=10\."),
-    "fractions fill the run": ({"tinit": 0.5, "tfinal": 0.5}, r"tinit \(0\.5\) and tfinal \(0\.5\).*sum must be below 1"),
+    "fractions fill the run": (
+        {"tinit": 0.5, "tfinal": 0.5},
+        r"tinit \(0\.5\) and tfinal \(0\.5\).*sum must be below 1",
+    ),
     "no steps": ({"total_step": 0}, "total_step is 0; it must be at least 1"),
     "beta1 of 0": ({"beta1": 0.0}, r"beta1 is 0\.0; it must be above 0\.0 and below 1\.0"),
     "beta1 of 1": ({"beta1": 1}, r"beta1 is 1; it must be above 0\.0 and below 1\.0"),
     "beta2 of 1": ({"beta2": 1.0}, r"beta2 is 1\.0; it must be above 0\.0 and below 1\.0"),
-    "unknown importance": ({"importance": "taylor"}, r"importance is 'taylor'; choose one of \('sensitivity\*uncertainty'"),
+    "unknown importance": (
+        {"importance": "taylor"},
+        r"importance is 'taylor'; choose one of \('sensitivity\*uncertainty'",
+    ),
     "negative weight": ({"orth_reg_weight": -0.1}, r"orth_reg_weight is -0\.1; it must be at least 0\.0"),
     "unknown form": ({"orth_reg_form": "frd"}, r"orth_reg_form is 'frd'; choose one of \('norm', 'squared'\)"),
 }
@@ -214,7 +232,10 @@ def outcome(config: adalora.AdaLoraConfig) -> tuple[Any, ...]:
         optimizer.step()
     return (
         {name: p.tolist() for name, p in model.named_parameters() if p.requires_grad},
-        [{key: value.tolist() for key, value in state.items() if "adalora" in key} for state in optimizer.state.values()],
+        [
+            {key: value.tolist() for key, value in state.items() if "adalora" in key}
+            for state in optimizer.state.values()
+        ],
         {name: module.lora_keep.tolist() for name, module in named_adapters(model)},
         heard,
     )

@@ -138,7 +138,7 @@ def test_the_cache_gives_back_the_harvest(data: DocstringData, cache: Path, monk
     monkeypatch.setattr(docstrings, "harvest", lambda: pytest.fail("the cache was not used"))
     assert docstrings.load(cache) == data
     [path] = cache.iterdir()
-    assert path.name == "docstrings-v1-" + "-".join(f"{k}{v}" for k, v in data.versions.items()) + ".jsonl"
+    assert path.name == "docstrings-v2-" + "-".join(f"{k}{v}" for k, v in data.versions.items()) + ".jsonl"
 
 
 def test_the_cache_lies_where_the_environment_says(
@@ -162,7 +162,7 @@ def test_a_damaged_cache_is_rebuilt_and_says_so(damage: str, tmp_path: Path, one
         "no header": whole.split(b"\n", 1)[1],
     }[damage]
     path.write_bytes(bad)
-    with pytest.warns(AdaLoraWarning, match=r"docstrings-v1.*damaged.*rebuilding"):
+    with pytest.warns(AdaLoraWarning, match=r"docstrings-v2.*damaged.*rebuilding"):
         assert docstrings.load(tmp_path) == good
     assert path.read_bytes() == whole
 
@@ -237,7 +237,7 @@ def test_a_tampered_encoder_is_refused_with_both_digests(tmp_path: Path) -> None
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(DataError, match=rf"{digest}.*{docstrings.ENCODER_SHA256}.*pip install"):
+    with pytest.raises(DataError, match=rf"{digest}.*{encoder.ENCODER_SHA256}.*pip install"):
         encoder.verify_encoder(tmp_path)
 
 

@@ -59,9 +59,9 @@ def test_the_first_update_is_not_bias_corrected() -> None:
 
 
 def test_weights_and_gradients_are_only_read() -> None:
-    copies = [w.clone() for w in WEIGHTS], [g.clone() for g in GRADIENTS]
+    copies = [value.clone() for value in WEIGHTS + GRADIENTS]
     update_averages_(*zeros(), WEIGHTS, GRADIENTS, 0.85, 0.85)
-    assert all(torch.equal(one, other) for one, other in zip(WEIGHTS + GRADIENTS, sum(copies, []), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(WEIGHTS + GRADIENTS, copies, strict=True))
 
 
 betas = st.floats(0.01, 0.99)

@@ -99,7 +99,9 @@ def test_eject_gives_back_the_model_bit_for_bit(merged: bool) -> None:
     ],
 )
 def test_a_model_without_adapter_is_an_error_that_says_how_to_get_one(action: Any) -> None:
-    with pytest.raises(InjectionError, match=r"Net has no adapter; call adalora\.inject\(model, config\) or adalora\.load"):
+    with pytest.raises(
+        InjectionError, match=r"Net has no adapter; call adalora\.inject\(model, config\) or adalora\.load"
+    ):
         action(Net())
 
 
@@ -119,6 +121,22 @@ def test_everything_works_through_a_wrapper() -> None:
     adalora.unmerge(wrapped)
     adalora.eject(wrapped)
     assert type(model.head) is nn.Linear
+
+
+def test_two_adapted_models_in_one_container_are_told_apart() -> None:
+    """The first found must not stand for both in silence."""
+    pair = nn.ModuleList([adalora.inject(Net(), config()), adalora.inject(Net(), config())])
+    assert len(adalora.adapter_parameters(pair[0])) == 9
+    with pytest.raises(InjectionError, match=r"ModuleList holds 2 adapted models .*inject once"):
+        adalora.adapter_parameters(pair)
+
+
+def test_what_holds_an_adapted_model_is_not_adapted_around_it() -> None:
+    inner = adalora.inject(Net(), config())
+    outer = nn.Sequential(nn.Linear(6, 6), inner)
+    with pytest.raises(InjectionError, match=r"'1' has adapters already; call adalora\.eject"):
+        adalora.inject(outer, config(target_modules=["0"], exclude_modules=["1.body.0"]))
+    assert type(outer[0]) is nn.Linear
 
 
 def test_a_copied_model_is_adapted_on_its_own() -> None:

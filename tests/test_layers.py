@@ -447,7 +447,7 @@ def test_deepcopy_and_pickle_keep_class_and_function(case: Case) -> None:
 def test_state_dict_has_base_keys_plus_three(case: Case) -> None:
     base, x = case[0]()
     keys = [f"layer.{key}" for key in base.state_dict()]
-    model, layer = adapt(base.double())
+    model, _ = adapt(base.double())
     assert list(model.state_dict()) == [*keys, "layer.lora_A", "layer.lora_E", "layer.lora_B"]
     other, _ = adapt(case[0]()[0].double())
     other.load_state_dict(model.state_dict())

@@ -67,7 +67,12 @@ def test_gradient_near_orthonormal_rows_is_finite(form: Any) -> None:
 def test_norm_is_a_mean_of_unsquared_norms_and_squared_a_sum() -> None:
     """V7, by hand: ‖diag(3, 0)‖ = 3 of A, ‖(0)‖ = 0 and ‖(3)‖ = 3 of the others."""
     A = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=F64)
-    rows = [A, torch.tensor([[1.0]], dtype=F64), torch.tensor([[2.0]], dtype=F64), torch.tensor([[0.6, 0.8]], dtype=F64)]
+    rows = [
+        A,
+        torch.tensor([[1.0]], dtype=F64),
+        torch.tensor([[2.0]], dtype=F64),
+        torch.tensor([[0.6, 0.8]], dtype=F64),
+    ]
     assert float(penalty(rows, "norm")) == pytest.approx((3 + 0 + 3 + 0) / 4)
     assert float(penalty(rows, "squared")) == pytest.approx(9 + 0 + 9 + 0)
     assert float(penalty([], "norm")) == 0.0

@@ -1,5 +1,6 @@
 """The cubic schedule against recorded values and the twin."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
 @given(schedules())
 def test_budgets_never_rise_start_full_and_end_on_the_target(schedule: Schedule) -> None:
     budgets = [schedule.budget(step) for step in range(schedule.total_step)]
-    assert all(before >= after for before, after in zip(budgets, budgets[1:], strict=False))
+    assert all(before >= after for before, after in itertools.pairwise(budgets))
     assert schedule.total_step == 1 or budgets[0] == schedule.initial_budget
     assert budgets[-1] == schedule.target_budget
     assert [schedule.budget(schedule.total_step + extra) for extra in range(3)] == [schedule.target_budget] * 3
@@ -103,7 +104,10 @@ REFUSED: dict[str, tuple[dict[str, int], str]] = {
     "negative warm-up": ({"tinit": -1}, "tinit is -1; it must be at least 0"),
     "negative final phase": ({"tfinal": -1}, "tfinal is -1; it must be at least 0"),
     "no interval": ({"deltaT": 0}, "deltaT is 0; it must be at least 1"),
-    "target above start": ({"target_budget": 9}, "target budget of 9 triplets.*the 8 that the adapter holds; lower targ"),
+    "target above start": (
+        {"target_budget": 9},
+        "target budget of 9 triplets.*the 8 that the adapter holds; lower targ",
+    ),
     "negative target": ({"target_budget": -1}, "target budget of -1"),
 }
 

@@ -53,7 +53,12 @@ def found(**settings: Any) -> list[str]:
 
 
 LINEAR = [
-    *[f"{part}.{index}.{kind}" for part, n in (("layers", 3), ("tower", 2)) for index in range(n) for kind in ("query", "value")],
+    *[
+        f"{part}.{index}.{kind}"
+        for part, n in (("layers", 3), ("tower", 2))
+        for index in range(n)
+        for kind in ("query", "value")
+    ],
     "prequery",
     "head",
 ]
@@ -106,7 +111,9 @@ def test_modules_to_save_and_what_is_in_them_are_not_adapted() -> None:
 
 
 def test_all_linear_leaves_a_language_models_head_alone_and_a_name_still_reaches_it() -> None:
-    config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=False)
+    config = transformers.GPT2Config(
+        vocab_size=20, n_positions=8, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=False
+    )
     model = transformers.GPT2LMHeadModel(config)
     names = list(find_targets(model, adalora.AdaLoraConfig()))
     assert names == [
@@ -204,7 +211,11 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "forward of the instance": (replaced_forward, "bad", "its forward was replaced on the instance"),
     "max_norm": (lambda: nn.Embedding(10, 6, max_norm=1.0), "bad", "max_norm rewrites the base weight"),
     "scale_grad_by_freq": (lambda: nn.Embedding(10, 6, scale_grad_by_freq=True), "bad", "scale_grad_by_freq would"),
-    "a kind without adapter": (lambda: nn.LayerNorm(6), "bad", "there is an adapter for Linear, Conv1d/2d/3d, Embedding"),
+    "a kind without adapter": (
+        lambda: nn.LayerNorm(6),
+        "bad",
+        "there is an adapter for Linear, Conv1d/2d/3d, Embedding",
+    ),
     "transposed convolution": (lambda: nn.ConvTranspose2d(6, 6, 3), "bad", "there is an adapter for Linear"),
 }
 
@@ -235,12 +246,15 @@ def test_refusal_names_module_reason_and_remedy_and_changes_nothing(
     assert f"exclude_modules=['{name.rpartition('.')[2]}']" in str(caught.value)
     assert fingerprint(model) == before
     assert all(torch.equal(value, numbers[key]) for key, value in values(model).items())
-    adalora.inject(model, adalora.AdaLoraConfig(target_modules=["good", name], exclude_modules=[name], init_r=2, target_r=1))
+    adalora.inject(
+        model, adalora.AdaLoraConfig(target_modules=["good", name], exclude_modules=[name], init_r=2, target_r=1)
+    )
     assert [name for name, _ in named_adapters(model)] == ["good"]
 
 
 @pytest.mark.parametrize(
-    ("exclude", "reason"), [(None, "cannot adapt 'bad'.*it is lazy and has no weight yet"), (["bad"], "'bad.weight' is lazy")]
+    ("exclude", "reason"),
+    [(None, "cannot adapt 'bad'.*it is lazy and has no weight yet"), (["bad"], "'bad.weight' is lazy")],
 )
 def test_lazy_modules_are_refused_adapted_or_not(exclude: Any, reason: str) -> None:
     """What has no shape can neither be adapted nor frozen."""
@@ -256,7 +270,7 @@ def test_lazy_modules_are_refused_adapted_or_not(exclude: Any, reason: str) -> N
 def test_old_weight_norm_is_refused() -> None:
     with pytest.warns(FutureWarning, match="weight_norm"):
         model = Holder(weight_norm(nn.Linear(6, 6)))
-    with pytest.raises(InjectionError, match="cannot adapt 'bad'.*its weight is parametrized"):
+    with pytest.raises(InjectionError, match=r"cannot adapt 'bad'.*its weight is parametrized"):
         adalora.inject(model, adalora.AdaLoraConfig())
 
 
@@ -286,7 +300,9 @@ def test_encoder_layers_are_adapted_once_the_fast_path_is_off() -> None:
 def test_a_model_is_adapted_once() -> None:
     model = adalora.inject(Net(), adalora.AdaLoraConfig())
     before = fingerprint(model)
-    with pytest.raises(InjectionError, match=r"'layers\.0\.query'.*already has an adapter; call adalora\.eject\(model\)"):
+    with pytest.raises(
+        InjectionError, match=r"'layers\.0\.query'.*already has an adapter; call adalora\.eject\(model\)"
+    ):
         adalora.inject(model, adalora.AdaLoraConfig())
     assert fingerprint(model) == before
 
@@ -350,13 +366,17 @@ def test_unreachable_budgets_are_refused_before_anything_changes(settings: dict[
 def test_a_bound_for_a_module_that_is_not_adapted_is_refused(field: str) -> None:
     model = Net()
     before = fingerprint(model)
-    with pytest.raises(InjectionError, match=rf"{field} names 'key', but no adapted module ends in that; adapted are: "):
+    with pytest.raises(
+        InjectionError, match=rf"{field} names 'key', but no adapted module ends in that; adapted are: "
+    ):
         adalora.inject(model, adalora.AdaLoraConfig(init_r=4, target_r=2, **{field: {"query": 2, "key": 2}}))
     assert fingerprint(model) == before
 
 
 def test_capacities_follow_max_rank_by_ending() -> None:
-    model = adalora.inject(Net(), adalora.AdaLoraConfig(init_r=8, target_r=2, max_rank={"layers.0.query": 1, "query": 5}))
+    model = adalora.inject(
+        Net(), adalora.AdaLoraConfig(init_r=8, target_r=2, max_rank={"layers.0.query": 1, "query": 5})
+    )
     capacities = {name: module.capacity for name, module in named_adapters(model)}
     assert capacities["layers.0.query"] == 1
     assert capacities["layers.1.query"] == capacities["tower.1.query"] == 5

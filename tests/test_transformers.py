@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -135,6 +134,19 @@ def stop(control: Any, **_: Any) -> None:
     control.should_training_stop = True
 
 
+def worse_and_worse(run: Trainer) -> Callable[..., dict[str, float]]:
+    """An evaluation by which the first checkpoint is the best."""
+    seen: list[float] = []
+
+    def evaluate(*_: Any, **__: Any) -> dict[str, float]:
+        seen.append(float(len(seen)))
+        metrics = {"eval_loss": seen[-1]}
+        run.control = run.callback_handler.on_evaluate(run.args, run.state, run.control, metrics)
+        return metrics
+
+    return evaluate
+
+
 # --- The method runs ----------------------------------------------------------------------------------------
 
 
@@ -159,7 +171,9 @@ def test_the_task_head_trains_and_the_base_model_does_not(tmp_path: Path) -> Non
     model, base = bert(), bert().state_dict()
     trainer(tmp_path, model).train()
     trains = {name.rsplit(".lora_", 1)[0] for name, p in model.named_parameters() if p.requires_grad}
-    assert {name for name in trains if "encoder" not in name} == {"classifier.weight", "classifier.bias"}
+    assert {name for name in trains if "encoder" not in name} == {
+        *("bert.pooler.dense", "classifier.weight", "classifier.bias")
+    }
     state = model.state_dict()
     changed = {name for name in base if not torch.equal(base[name], state[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
@@ -376,21 +390,14 @@ def test_load_best_model_from_before_the_budget_still_ends_on_it(
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
     )
-    steps: list[int] = []
-
-    def worse_and_worse(*args: Any, **kwargs: Any) -> dict[str, float]:
-        steps.append(run.state.global_step)
-        return {"eval_loss": float(len(steps))}
-
-    run.evaluate = worse_and_worse
+    run.evaluate = worse_and_worse(run)
     with caplog.at_level(logging.INFO, logger="adalora"):
         run.train()
     assert run.state.best_model_checkpoint.endswith("checkpoint-6")
-    assert steps == [6, 12, 18, 24, 30]
     assert (allocator_of(run).live, nonzero(run.model)) == (TARGET, TARGET)
     lines = [r.getMessage() for r in caplog.records if "from before the budget was met" in r.getMessage()]
     assert len(lines) == 1
-    assert "24 triplets outside the final pattern were cut" in lines[0]
+    assert f"{TARGET} triplets outside the final pattern were cut" in lines[0]  # all 52 were alive there
     assert f"budget {TARGET} / {TARGET} reached" in caplog.text
     run.save_model(str(tmp_path / "final"))  # and saving it warns of nothing
     assert adalora.rank_report(adalora.load_adapter(bert(), tmp_path / "final")).total_rank == TARGET
@@ -421,15 +428,7 @@ def test_early_stopping_ends_on_the_budget(tmp_path: Path) -> None:
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
     )
-    seen: list[float] = []
-
-    def worse_and_worse(*args: Any, **kwargs: Any) -> dict[str, float]:
-        seen.append(float(len(seen)))
-        metrics = {"eval_loss": seen[-1]}
-        run.control = run.callback_handler.on_evaluate(run.args, run.state, run.control, metrics)
-        return metrics
-
-    run.evaluate = worse_and_worse
+    run.evaluate = worse_and_worse(run)
     run.train()
     assert run.state.global_step == 8
     assert (allocator_of(run).live, nonzero(run.model)) == (TARGET, TARGET)
@@ -524,7 +523,7 @@ def test_model_init_is_refused_unless_it_injects(tmp_path: Path) -> None:
         )
 
     with pytest.raises(TrainingError, match=r"model_init.*adalora\.inject"):
-        make(bert).train()
+        make(lambda: bert()).train()
     config = adalora.AdaLoraConfig(**CONFIG.to_dict() | {"modules_to_save": ["classifier"]})
     run = make(lambda: adalora.inject(bert(), config))
     run.train()
@@ -551,7 +550,7 @@ def test_an_optimizer_of_ones_own_over_an_injected_model_works(tmp_path: Path) -
     optimizer = torch.optim.SGD(adalora.adapter_parameters(model), lr=0.5, momentum=0.9)
     run = trainer(tmp_path, model, optimizers=(optimizer, None))
     run.train()
-    assert (allocator_of(run).live, nonzero(model)) == (TARGET, TARGET)
+    assert (allocator_of(run).live, nonzero(model)) == (TARGET + 2, TARGET + 2)  # the classifier is adapted too
 
 
 def test_another_configuration_than_the_models_is_refused(tmp_path: Path) -> None:
@@ -638,7 +637,8 @@ def test_trained_biases_are_in_the_checkpoint(tmp_path: Path) -> None:
     run.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-10"))
     assert differing(trained(run.model), trained(whole.model)) == []
     whole.save_model(str(tmp_path / "final"))
-    assert torch.equal(logits(adalora.load_adapter(bert(), tmp_path / "final")), logits(whole.model))
+    loaded = adalora.load_adapter(bert(), tmp_path / "final")
+    assert float((logits(loaded) - logits(whole.model)).abs().max()) <= 1e-6
 
 
 def test_an_ejected_model_saves_all_of_itself_again(tmp_path: Path) -> None:
@@ -784,6 +784,8 @@ def causal(kind: str) -> Any:
 
 
 @pytest.mark.slow
+# TRL still sets the old name, in its own configuration.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(("kind", "modules"), [("GPT-2", 8), ("Llama", 14)])
 def test_trl_sft_trainer(tmp_path: Path, kind: str, modules: int) -> None:
     import datasets
@@ -826,3 +828,72 @@ def sentence_model(folder: Path) -> Any:
 
 def embeddings(model: Any) -> Tensor:
     return model.eval().encode(sentences(6), convert_to_tensor=True, show_progress_bar=False)
+
+
+def sentence_trainer(model: Any, folder: Path, **choices: Any) -> Any:
+    import datasets
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+
+    texts = sentences(32)
+    scores = [len(set(a.split()) & set(b.split())) / 3 for a, b in zip(texts, texts[::-1], strict=True)]
+    pairs = {"sentence1": texts, "sentence2": texts[::-1], "score": scores}
+    return SentenceTransformerTrainer(
+        model,
+        args=SentenceTransformerTrainingArguments(**arguments(folder, **choices)),
+        train_dataset=datasets.Dataset.from_dict(pairs),
+        loss=CosineSimilarityLoss(model),
+        callbacks=[AdaLoraCallback(CONFIG)],
+    )
+
+
+@pytest.mark.slow
+def test_sentence_transformers_trainer_writes_folders_that_need_no_adapter(tmp_path: Path) -> None:
+    """SentenceTransformer(folder) drops tensors that it does not know; so its folders hold merged weights."""
+    from sentence_transformers import SentenceTransformer
+
+    base = embeddings(sentence_model(tmp_path))
+    model = sentence_model(tmp_path)
+    run = sentence_trainer(model, tmp_path / "run", save_strategy="steps", save_steps=15)
+    run.train()
+    assert (allocator_of(run).live, nonzero(model)) == (TARGET, TARGET)
+    wanted = embeddings(model)
+    assert float((wanted - base).abs().max()) > 0.01
+    run.save_model(str(tmp_path / "final"))
+    model.save_pretrained(str(tmp_path / "other"))
+    for folder in (tmp_path / "final", tmp_path / "other", tmp_path / "run" / f"checkpoint-{STEPS}"):
+        assert [key for key in _stored(folder / "model.safetensors") if "lora" in key] == []
+        loaded = SentenceTransformer(str(folder), device="cpu")
+        assert float((embeddings(loaded) - wanted).abs().max()) <= 1e-5
+        ours = adalora.load_adapter(sentence_model(tmp_path), folder / "adapter")
+        assert float((embeddings(ours) - wanted).abs().max()) <= 1e-6
+        assert adalora.rank_report(ours).total_rank == TARGET
+    assert torch.equal(embeddings(model), wanted)  # saving left the model adapted, and as it was
+    assert len(list(named_adapters(model))) == 13
+
+
+@pytest.mark.slow
+def test_a_sentence_transformers_checkpoint_is_not_resumed_from_in_silence(tmp_path: Path) -> None:
+    run = sentence_trainer(sentence_model(tmp_path), tmp_path / "a", save_strategy="steps", save_steps=15)
+    run.train()
+    again = sentence_trainer(sentence_model(tmp_path), tmp_path / "b")
+    with pytest.raises(TrainingError, match=r"hold merged weights, .* adalora\.load_adapter\(model, folder"):
+        again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-15"))
+    with pytest.raises(TrainingError, match="Unset `load_best_model_at_end`"):
+        sentence_trainer(sentence_model(tmp_path), tmp_path / "c", load_best_model_at_end=True)
+
+
+@pytest.mark.slow
+def test_an_ejected_sentence_transformer_saves_and_loads_as_before(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    base = embeddings(sentence_model(tmp_path))
+    model = sentence_model(tmp_path)
+    sentence_trainer(model, tmp_path / "run").train()
+    adalora.export_merged(model, tmp_path / "merged")
+    assert set(_stored(tmp_path / "merged" / "model.safetensors")) == set(sentence_model(tmp_path).state_dict())
+    adalora.eject(model)
+    model.save_pretrained(str(tmp_path / "plain"))
+    assert not (tmp_path / "plain" / "adapter").exists()
+    assert torch.equal(embeddings(SentenceTransformer(str(tmp_path / "plain"), device="cpu")), base)
+    model.load_state_dict(sentence_model(tmp_path).state_dict())

@@ -61,6 +61,8 @@ class RankAllocator:
                 "batches per epoch × epochs / gradient accumulation."
             )
         self.modules = {name: module for name, module in named_adapters(self.root) if module.capacity}
+        if not self.modules:
+            raise ConfigError("every module has rank 0, so there is no budget to distribute; raise max_rank.")
         capacity = sum(module.capacity for module in self.modules.values())
         # A pruned adapter that trains on starts from the triplets that it still has.
         target = min(config.target_r * len(list(named_adapters(self.root))), capacity)
@@ -82,6 +84,11 @@ class RankAllocator:
         earlier = _attached.get(optimizer, lambda: None)()
         if earlier is not None and earlier.root is self.root:
             earlier.detach()
+        elif earlier is not None and earlier._hooks:
+            raise TrainingError(
+                "this optimizer already runs the allocator of another model and both would count its steps; give each "
+                "model its own optimizer."
+            )
         self.detach()
         self._optimizer = optimizer
         _attached[optimizer] = weakref.ref(self)
@@ -205,13 +212,14 @@ class RankAllocator:
     def _allocate(self, step: int, budget: int) -> None:
         assert self._optimizer is not None
         scores = module_scores(self._optimizer, self.modules, self.config)
-        for module, keep in zip(self.modules.values(), keep_top(scores, budget, self.minimum), strict=True):
+        keeps = keep_top(scores, budget, self.minimum)
+        for module, keep in zip(self.modules.values(), keeps, strict=True):
             module.lora_keep.copy_(keep)
         # Not in the state of lora_E: an optimizer that finds any state there takes its own for initialized.
-        self._group[KEEP] = torch.cat([module.lora_keep for module in self.modules.values()])
+        self._group[KEEP] = torch.cat(keeps)
         self._mask()
         for listener in self.on_allocate:
-            listener(step, budget, {name: module.lora_keep for name, module in self.modules.items()})
+            listener(step, budget, dict(zip(self.modules, keeps, strict=True)))
 
     def _mask(self) -> None:
         with torch.no_grad():

@@ -182,7 +182,7 @@ def _check_pattern(name: str, value: str | tuple[str, ...] | None) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(
-                f"{name} is {value!r}, which is no regular expression ({error}). Mend it, or give a list of plain names."
+                f"{name} is {value!r}, which is no regular expression ({error}). Mend it, or list plain names."
             ) from error
 
 

@@ -100,7 +100,7 @@ def export_merged(model: nn.Module, folder: str | Path) -> float:
         own = {f"{name}.{part}" for name, _ in named_adapters(root) for part in ("lora_A", "lora_E", "lora_B")}
         state = {key: value for key, value in root.state_dict().items() if key not in own}
         with staged(folder) as staging:
-            if hasattr(root, "_keys_to_ignore_on_save"):  # others have a save_pretrained too, but not this one
+            if hasattr(root, "base_model_prefix"):  # others have a save_pretrained too, but not this one
                 _save_pretrained(root, staging, state)
             else:
                 save_file(_unshared(state), staging / "model.safetensors", {"format": "pt"})

@@ -44,6 +44,11 @@ def inject(model: M, config: AdaLoraConfig | None = None) -> M:
     for pattern in config.modules_to_save or ():
         if not any(matches(name, [pattern]) for name, _ in model.named_modules()):
             raise InjectionError(f"modules_to_save names {pattern!r}, but {type(model).__name__} has no such module.")
+    for name, module in model.named_modules():
+        if _CONFIG in vars(module):
+            raise InjectionError(
+                f"{name or 'the model'!r} has adapters already; call adalora.eject on it and inject once."
+            )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise InjectionError(f"{name!r} is lazy and cannot be frozen yet; run one forward pass first.")
@@ -154,12 +159,17 @@ def _check_budget(config: AdaLoraConfig, ranks: dict[str, int]) -> None:
 
 def adapter_root(model: nn.Module) -> nn.Module:
     """The module that was injected: `model`, or what a wrapper such as DDP holds. Raises InjectionError."""
-    for module in model.modules():
-        if _CONFIG in vars(module):
-            return module
-    raise InjectionError(
-        f"{type(model).__name__} has no adapter; call adalora.inject(model, config) or adalora.load_adapter first."
-    )
+    roots = [module for module in model.modules() if _CONFIG in vars(module)]
+    if not roots:
+        raise InjectionError(
+            f"{type(model).__name__} has no adapter; call adalora.inject(model, config) or adalora.load_adapter first."
+        )
+    if len(roots) > 1:
+        raise InjectionError(
+            f"{type(model).__name__} holds {len(roots)} adapted models and only one can be meant; pass one of them, "
+            "or inject once into the whole."
+        )
+    return roots[0]
 
 
 def adapter_config(model: nn.Module) -> AdaLoraConfig:

@@ -4,7 +4,8 @@ The Trainer tells a callback when the model is known but the optimizer is not (`
 is converted. It tells the number of steps when training begins: there the allocator attaches to the
 optimizer. From then on the optimizer's own hooks do the work, so it does not matter how the Trainer clips,
 accumulates or scales. Checkpoints shrink to adapter and trained head by transformers' own mechanism for keys
-that need no saving, which is also what makes them load again.
+that need no saving, which is also what makes them load again. A sentence-transformers model cannot load a part
+of itself: its folders hold merged weights and, in `adapter/`, the adapter.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def save_merged_and_adapter(model: nn.Module) -> None:
             own = {key.removeprefix(f"{name}.") for key in adapter if key.startswith(f"{name}.")}
             module._keys_to_ignore_on_save = set(module._keys_to_ignore_on_save or ()) | own
     model.save = partial(_save_merged_and_adapter, model)  # type: ignore[assignment]
-    model.register_load_state_dict_pre_hook(_refuse_merged)
+    model.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
 
 def _adapter_keys(model: nn.Module) -> set[str]:
@@ -191,7 +192,7 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwarg
 
 
 def _save_merged_and_adapter(model: nn.Module, path: str | Path, *args: Any, **kwargs: Any) -> None:
-    save: Any = type(model).save
+    save: Any = type(model).save  # type: ignore[attr-defined]
     if not is_adapted(model):
         save(model, path, *args, **kwargs)
         return
