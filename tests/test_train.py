@@ -85,9 +85,9 @@ def test_the_folder_holds_what_was_promised(finished: tuple[RunResult, list[str]
     names = {path.name for path in result.folder.iterdir()}
     files = {"recipe.yaml", "metrics.jsonl", "ranks.jsonl", "result.json", "README.md", "ranks.png", "budget.png"}
     assert names == files | {"adapter", "checkpoints"}
-    metrics = [json.loads(line) for line in (result.folder / "metrics.jsonl").open()]
+    metrics = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in metrics if "loss" in record] == list(range(2, 97, 2))
-    ranks = [json.loads(line) for line in (result.folder / "ranks.jsonl").open()]
+    ranks = [json.loads(line) for line in (result.folder / "ranks.jsonl").read_text().splitlines()]
     assert all(sum(record["ranks"].values()) == record["budget"] for record in ranks)
     assert ranks[-1]["budget"] == 48 and result.report is not None and ranks[-1]["ranks"] == result.report.ranks
     for picture in ("ranks.png", "budget.png"):
@@ -119,7 +119,7 @@ def test_the_adapter_loads_into_a_fresh_base_and_classifies(finished: tuple[RunR
     result, _ = finished
     base = result.task.build_model(str(world / "bert"), load_recipe("text-classification", settings(world)))
     model = adalora.load_adapter(base, result.folder / "adapter").eval()
-    assert result.task.predict(model, ["the small hen", "green fir"]) == ["animal", "plant"]
+    assert result.task.predict(model, ["hen", "a fir"]) == ["animal", "plant"]
 
 
 def test_lora_of_a_given_size_comes_as_near_as_one_rank_of_one_module(world: Path, tmp_path: Path) -> None:

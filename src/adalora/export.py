@@ -50,18 +50,7 @@ def export_lora(
     root = adapter_root(model)
     modules = dict(named_adapters(root))
     factors = {name: _folded(module) for name, module in modules.items()}
-    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
-    largest = max(ranks.values(), default=0)
-    if not largest:
-        raise AdapterFileError(
-            "no triplet of this adapter is live, and LoRA has no rank 0; there is nothing to export."
-        )
-    if padded:
-        size = largest if padded is True else padded
-        if size < largest:
-            raise AdapterFileError(f"padded={size} is below the largest rank, {largest}; use at least that.")
-        ranks, largest = dict.fromkeys(ranks, size), size
-    ranks = {name: rank for name, rank in ranks.items() if rank}
+    ranks = _stored_ranks({name: A.shape[0] for name, (A, _) in factors.items()}, padded)
     tensors: dict[str, Tensor] = {}
     for name, rank in ranks.items():
         tensors |= _lora_tensors(name, modules[name], *_pad(*factors[name], rank))
@@ -130,6 +119,21 @@ def _refuse_stale(staging: Path, folder: Path) -> None:
             f"{str(folder)!r} holds {sorted(stale)[0]!r} already, which a reader could take for a part of this model; "
             "remove it, or choose another folder."
         )
+
+
+def _stored_ranks(ranks: dict[str, int], padded: bool | int) -> dict[str, int]:
+    """The rank of each module in the file; those that are in it at all."""
+    largest = max(ranks.values(), default=0)
+    if not largest:
+        raise AdapterFileError(
+            "no triplet of this adapter is live, and LoRA has no rank 0; there is nothing to export."
+        )
+    if padded:
+        size = largest if padded is True else padded
+        if size < largest:
+            raise AdapterFileError(f"padded={size} is below the largest rank, {largest}; use at least that.")
+        ranks = dict.fromkeys(ranks, size)
+    return {name: rank for name, rank in ranks.items() if rank}
 
 
 def _folded(module: SVDAdapter) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,123 @@
+"""The command line as a process sees it: exit codes, one clear line for a mistake, no torch for --help."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from adalora import cli
+from folders import rows, save_bert, write
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["adalora", *arguments])
+    return cli.run_app()
+
+
+def test_help_lists_the_commands_and_imports_no_torch() -> None:
+    code = "import sys; sys.argv = ['adalora', '--help']; from adalora.__main__ import main\ntry: main()\n"
+    code += "finally: sys.stderr.write(str('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "train" in done.stdout and "demo" in done.stdout
+    assert done.stderr == "False"
+
+
+def test_a_core_install_says_what_the_command_line_needs() -> None:
+    code = "import sys; sys.modules['typer'] = None; from adalora.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.strip() == "adalora: the command line needs 'typer': pip install \"adalora[hf]\""
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["train", "nowhere.yaml"], "neither a recipe file nor a built-in recipe"),
+        (["train", "text-classification", "--set", "data.trian=x"], "did you mean 'train'"),
+        (["train", "text-classification"], "no such file"),
+        (["train", "text-classification", "--set", "nonsense"], "section.key=value"),
+        (["train"], "Missing argument"),
+        (["tarin"], "No such command"),
+        (["train", "text-classification", "--seed", "x"], "as an integer"),
+    ],
+)
+def test_a_mistake_is_one_message_with_exit_code_2(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == 2
+    screen = capsys.readouterr()
+    assert message in " ".join((screen.err + screen.out).split())
+    assert "Traceback" not in screen.err + screen.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_never_replaces_a_folder_that_is_no_demo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert call(monkeypatch, "demo", "--out", str(tmp_path)) == 2
+    assert "holds something that is no demo" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_runs_get_the_next_free_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.free_folder("a") == Path("runs/a")
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a-2").mkdir()
+    assert cli.free_folder("a") == Path("runs/a-3")
+
+
+def test_train_ends_with_scores_heat_map_and_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save_bert(tmp_path / "bert")
+    train, test = write(tmp_path / "train.csv", rows(32)), write(tmp_path / "test.parquet", rows(8, seed=1))
+    files = [f"model.name_or_path={tmp_path / 'bert'}", f"data.train={train}", f"data.test={test}"]
+    settings = [item for setting in (*files, "training.max_steps=3") for item in ("--set", setting)]
+    out = tmp_path / "out"
+    assert call(monkeypatch, "train", "text-classification", *settings, "--out", str(out), "--seed", "5") == 0
+    screen = capsys.readouterr().out
+    assert "accuracy" in screen and f"everything is in {out}" in screen
+    assert "query" in screen and "output.dense" in screen
+    assert "seed: 5" in (out / "recipe.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_real_process_saves_and_exits_130(tmp_path: Path) -> None:
+    import signal
+
+    save_bert(tmp_path / "bert")
+    train = write(tmp_path / "train.jsonl", rows(64))
+    files = [f"model.name_or_path={tmp_path / 'bert'}", f"data.train={train}", f"data.validation={train}"]
+    settings = [item for setting in (*files, "training.num_train_epochs=5000") for item in ("--set", setting)]
+    command = [
+        sys.executable,
+        "-m",
+        "adalora",
+        "train",
+        "text-classification",
+        *settings,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    records = tmp_path / "out" / "metrics.jsonl"
+    for _ in range(1200):
+        if records.exists() and records.read_text().count("\n") >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the budget was enforced at once" in " ".join(errors.split())
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
