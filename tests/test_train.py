@@ -173,6 +173,7 @@ def test_ctrl_c_ends_the_run_with_everything_saved(
         ("method.tinit=40", "must leave steps for reducing"),
         ("method.total_step=7", "total_step=7, but the loop runs 24"),
         ("training.learning_rat=1", "'training.learning_rat'"),
+        ("training.seed=3", "'training.seed' is set by the run itself"),
         ("training.eval_strategy=sometimes", "in section training"),
         ("model.name_or_path=/no/such/model", "/no/such/model"),
         ("model.name_or_path=package:other", "the only packaged model"),
@@ -206,3 +207,18 @@ def test_checkpoints_on_the_way_hold_adapter_and_head_only(world: Path, tmp_path
         "classifier.weight",
         "classifier.bias",
     }
+
+
+def test_a_full_disk_is_one_error_with_the_remedy(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adalora import records
+
+    original = records.RunRecorder.on_train_begin
+
+    def onto_a_full_device(self: records.RunRecorder, *args: object, **kwargs: object) -> None:
+        original(self, *args, **kwargs)
+        (self.folder / "metrics.jsonl").symlink_to("/dev/full")
+
+    monkeypatch.setattr(records.RunRecorder, "on_train_begin", onto_a_full_device)
+    with pytest.raises(AdaLoraError, match=r"No space left on device.*Free space there"):
+        train(world, tmp_path / "full")
+    assert not (tmp_path / "full" / "adapter").exists()

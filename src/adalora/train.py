@@ -18,9 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging as transformers_logging
 
 from .card import model_card
-from .errors import AdapterFileError, ConfigError
+from .errors import AdaLoraError, AdapterFileError, ConfigError
 from .files import write_files
 from .integrations.plots import save_budget_curve, save_heatmap
+from .integrations.transformers import AdaLoraCallback
 from .methods import build_method
 from .methods.adalora import AdaLora
 from .methods.base import Method, ParameterCount
@@ -47,6 +48,7 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "train_sampling_strategy": "group_by_length",
     "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 
@@ -66,6 +68,25 @@ class RunResult:
     task: ClassificationTask
 
 
+@dataclass
+class _Job:
+    """A run that is ready to begin."""
+
+    recipe: Recipe
+    out: Path
+    console: Console
+    method: Method
+    source: AdaLoraCallback | None
+    task: ClassificationTask
+    path: str
+    base: str
+    model: nn.Module
+    recorder: RunRecorder
+    stop: StopGracefully
+    line: ProgressLine
+    trainer: Trainer
+
+
 def run(recipe: Recipe, out: Path, console: Console) -> RunResult:
     """Train what `recipe` says and fill the new folder `out`.
 
@@ -75,6 +96,18 @@ def run(recipe: Recipe, out: Path, console: Console) -> RunResult:
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"the output folder {str(out)!r} is not empty; choose another with --out, or remove it.")
     quiet()
+    try:
+        job = _prepare(recipe, out, console)
+        return _finish(job, _fit(job))
+    except AdaLoraError:
+        raise
+    except OSError as error:
+        raise AdapterFileError(
+            f"the run in {str(out)!r} could not go on: {error}. Free space there, or choose another folder with --out."
+        ) from error
+
+
+def _prepare(recipe: Recipe, out: Path, console: Console) -> _Job:
     method = build_method(recipe.method)
     arguments = training_arguments(recipe, out)
     path, base = resolve_model(recipe)
@@ -83,41 +116,40 @@ def run(recipe: Recipe, out: Path, console: Console) -> RunResult:
     model = method.prepare(task.build_model(path, recipe))
     source = method.callback if isinstance(method, AdaLora) else None
     recorder, stop = RunRecorder(out, recipe, source), StopGracefully(recipe.max_minutes)
-    label = str(recipe.method["name"])
+    line = ProgressLine(console, source, str(recipe.method["name"]))
     plan = PlanPrinter(console, method, source)
-    line = ProgressLine(console, source, label)
     trainer = build_trainer(model, arguments, task, [*method.callbacks(), plan, recorder, line, stop])
+    return _Job(recipe, out, console, method, source, task, path, base, model, recorder, stop, line, trainer)
+
+
+def _fit(job: _Job) -> float:
+    """Train; returns the seconds that it took."""
     started = time.monotonic()
     try:
-        trainer.train()
+        job.trainer.train()
     except BaseException:
-        if not (out / "recipe.yaml").exists():  # nothing has begun but the Trainer's own empty folder
-            shutil.rmtree(out, ignore_errors=True)
+        if not (job.out / "recipe.yaml").exists():  # nothing has begun but the Trainer's own empty folder
+            shutil.rmtree(job.out, ignore_errors=True)
         raise
     finally:
-        stop.restore()
-        line.bar.stop()
-    seconds = time.monotonic() - started
+        job.stop.restore()
+        job.line.bar.stop()
+    return time.monotonic() - started
+
+
+def _finish(job: _Job, seconds: float) -> RunResult:
+    """Score, save, reload and record."""
+    task, model, out = job.task, job.model, job.out
     split = "test" if "test" in task.splits else "validation"
-    scores = evaluate(trainer, task, split)
-    method.save(model, out / "adapter", base, "SEQ_CLS")
+    scores = evaluate(job.trainer, task, split)
+    job.method.save(model, out / "adapter", job.base, "SEQ_CLS")
     task.tokenizer.save_pretrained(out / "adapter")
-    difference = reload_difference(method, task, path, recipe, model, out / "adapter", split)
-    console.print(f"  saved and reloaded: logits differ by at most {difference:.1e}")
-    report = rank_report(model) if source else None
-    result = RunResult(
-        out,
-        scores,
-        task.metric,
-        method.count(model),
-        seconds,
-        trainer.state.global_step,
-        stop.reason,
-        report,
-        model,
-        task,
-    )
-    write_record(result, recipe, base, split, recorder, source)
+    difference = reload_difference(job, out / "adapter", split)
+    job.console.print(f"  saved and reloaded: logits differ by at most {difference:.1e}")
+    report, count = rank_report(model) if job.source else None, job.method.count(model)
+    steps, stopped = job.trainer.state.global_step, job.stop.reason
+    result = RunResult(out, scores, task.metric, count, seconds, steps, stopped, report, model, task)
+    write_record(job, result, split)
     return result
 
 
@@ -148,11 +180,12 @@ def build_trainer(
 def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
     """TrainingArguments from the recipe's `training` section over our defaults. Raises ConfigError."""
     names = [field.name for field in dataclasses.fields(TrainingArguments)]
+    own = {"output_dir": str(out / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
     for key in recipe.training:
         if key not in names:
             raise ConfigError(f"there is no key 'training.{key}' in TrainingArguments; " + did_you_mean(key, names))
-    own = {"output_dir": str(out / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
-    own["dataloader_pin_memory"] = torch.cuda.is_available()
+        if key in own:
+            raise ConfigError(f"'training.{key}' is set by the run itself; use --out and the recipe's own seed.")
     try:
         return TrainingArguments(**(_TRAINING_DEFAULTS | recipe.training | own))
     except (ValueError, TypeError, ImportError) as error:
@@ -175,21 +208,14 @@ def evaluate(trainer: Trainer, task: ClassificationTask, split: str) -> dict[str
     return task.compute_metrics(prediction)
 
 
-def reload_difference(
-    method: Method,
-    task: ClassificationTask,
-    path: str,
-    recipe: Recipe,
-    model: nn.Module,
-    folder: Path,
-    split: str,
-) -> float:
-    """Largest difference of logits, on eight rows, between `model` and the adapter loaded into a fresh base."""
+def reload_difference(job: _Job, folder: Path, split: str) -> float:
+    """Largest difference of logits, on eight rows, between the model and the adapter in a fresh base."""
+    task, model = job.task, job.model
     rows = task.splits[split].select(range(min(8, len(task.splits[split]))))
     columns = [name for name in rows.column_names if name not in ("labels", "length")]
     batch = task.tokenizer.pad([{c: row[c] for c in columns} for row in rows], return_tensors="pt")
     device = next(model.parameters()).device
-    fresh = method.load(task.build_model(path, recipe), folder).to(device)
+    fresh = job.method.load(task.build_model(job.path, job.recipe), folder).to(device)
     with torch.no_grad():
         live, read = (m.eval()(**batch.to(device)).logits for m in (model, fresh))
     difference = float((live - read).abs().max())
@@ -200,7 +226,7 @@ def reload_difference(
     return difference
 
 
-def write_record(result: RunResult, recipe: Recipe, base: str, split: str, recorder: RunRecorder, source: Any) -> None:
+def write_record(job: _Job, result: RunResult, split: str) -> None:
     """result.json, README.md, and the two pictures."""
     record = {
         "split": split,
@@ -213,14 +239,13 @@ def write_record(result: RunResult, recipe: Recipe, base: str, split: str, recor
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    card = model_card(recipe, base, result.scores, result.count, result.report)
+    card = model_card(job.recipe, job.base, result.scores, result.count, result.report)
     writers = {
         "result.json": lambda path: path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8"),
         "README.md": lambda path: path.write_text(card, encoding="utf-8"),
     }
-    report = result.report
-    if report is not None:
-        schedule = source.allocator.schedule
+    report, allocator = result.report, job.source.allocator if job.source else None
+    if report is not None and allocator is not None:
         writers["ranks.png"] = lambda path: save_heatmap(report, path)
-        writers["budget.png"] = lambda path: save_budget_curve(schedule, recorder.live, path)
+        writers["budget.png"] = lambda path: save_budget_curve(allocator.schedule, job.recorder.live, path)
     write_files(result.folder, writers)
