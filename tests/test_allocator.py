@@ -766,6 +766,18 @@ def test_training_while_merged_is_refused() -> None:
         optimizer.step()
 
 
+def test_training_after_eject_is_refused_until_the_allocator_is_detached() -> None:
+    model, data = adapted(), Data()
+    optimizer = adamw(model)
+    allocator = adalora.RankAllocator(model).attach(optimizer)
+    train(model, optimizer, data, 1)
+    adalora.eject(model)
+    with pytest.raises(TrainingError, match=r"'first' was ejected, but an allocator still drives it; call detach"):
+        optimizer.step()
+    allocator.detach()
+    optimizer.step()
+
+
 # --- Resuming -----------------------------------------------------------------------------------------------
 
 

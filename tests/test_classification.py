@@ -3,7 +3,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, disable_progress_bars
-from folders import rows, save_bert, write
 from transformers import EvalPrediction
 
 from adalora.errors import DataError
@@ -11,6 +10,7 @@ from adalora.recipe import Recipe, load_recipe
 from adalora.tasks import data as data_module
 from adalora.tasks.classification import build_task
 from adalora.tasks.data import load_splits
+from folders import rows, save_bert, write
 
 disable_progress_bars()
 
@@ -95,10 +95,12 @@ def test_a_wrong_file_or_column_is_one_clear_error(folder: Path, setting: str, m
 
 
 def test_labels_are_sorted_names_and_rows_are_cut_to_length(folder: Path) -> None:
-    task = build_task(str(folder), recipe(folder, "data.max_length=4", "data.text_pair=pair"))
+    write(folder / "long.jsonl", [row | {"text": f"{row['text']} " * 4} for row in rows(8)])
+    long = f"data.validation={folder / 'long.jsonl'}"
+    task = build_task(str(folder), recipe(folder, "data.max_length=4", "data.text_pair=pair", long))
     assert task.labels == ["animal", "plant"]
     assert task.splits["train"]["labels"][:4] == [1, 0, 1, 0]
-    assert max(task.splits["train"]["length"]) == 4
+    assert set(task.splits["validation"]["length"]) == {4}
     model = task.build_model(str(folder), recipe(folder))
     assert model.config.id2label == {0: "animal", 1: "plant"}
     assert set(task.predict(model.eval(), ["the cat", "oak"])) <= {"animal", "plant"}

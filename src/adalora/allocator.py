@@ -170,6 +170,8 @@ class RankAllocator:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         for name, module in self.modules.items():
+            if not hasattr(module, "lora_E"):
+                raise TrainingError(f"{name!r} was ejected, but an allocator still drives it; call detach() on that.")
             if module.merged:
                 raise TrainingError(f"{name!r} is merged and would not learn; call adalora.unmerge(model) first.")
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
