@@ -10,8 +10,6 @@ import pytest
 from adalora import cli
 from folders import rows, save_bert, write
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["adalora", *arguments])

@@ -16,7 +16,7 @@ def file(tmp_path: Path) -> str:
 
 
 def test_every_built_in_recipe_is_valid_and_dumps_to_an_equal_recipe(tmp_path: Path) -> None:
-    assert recipe_names() == ["docstrings", "text-classification"]
+    assert recipe_names() == ["docstrings", "docstrings-lora", "text-classification"]
     for name in recipe_names():
         recipe = load_recipe(name)
         again = tmp_path / f"{name}.yaml"

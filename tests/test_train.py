@@ -17,8 +17,6 @@ from adalora.recipe import load_recipe
 from adalora.train import RunResult, run
 from folders import rows, save_bert, write
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 LORA = "method={name: lora, r: 2, exclude_modules: [pooler.dense]}"
 FAST = ["training.per_device_train_batch_size=8", "training.logging_steps=2", "training.save_strategy='no'"]
 

@@ -23,12 +23,15 @@ app = typer.Typer(
 )
 
 
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value; repeatable.")
+]
+
+
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value; repeatable.")
-    ] = None,
+    settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; runs/NAME if not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of head, data order and dropout.")] = None,
 ) -> None:
@@ -51,6 +54,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Output folder; an earlier demo there is replaced.")] = Path("runs/demo"),
     digits: Annotated[bool, typer.Option("--digits", help="Ten seconds of plain PyTorch instead.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of head, data order and dropout.")] = 0,
+    settings: Settings = None,
 ) -> None:
     """Teach a real sentence encoder to tell a parameter's type from its description, in minutes, offline."""
     console = open_console()
@@ -63,7 +67,7 @@ def demo(
         return
     from .demo import run_demo
 
-    run_demo(out, seed, console)
+    run_demo(out, seed, console, settings or ())
 
 
 def open_console() -> Console:

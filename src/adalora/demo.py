@@ -7,6 +7,7 @@ with the same number of final parameters.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ SENTENCES = (
 )
 
 
-def run_demo(out: Path, seed: int, console: Console) -> dict[str, Any]:
+def run_demo(out: Path, seed: int, console: Console, settings: Sequence[str] = ()) -> dict[str, Any]:
     """Harvest, probe, train AdaLoRA and LoRA, and print the table. Raises AdaLoraError.
 
-    Returns {row name: BaselineResult or RunResult}. An earlier demo in `out` is replaced.
+    `settings` go on top of both recipes. Returns {row name: BaselineResult or RunResult}. An earlier demo in
+    `out` is replaced.
     """
     _make_room(out)
     encoder = packaged_encoder()
@@ -45,19 +47,12 @@ def run_demo(out: Path, seed: int, console: Console) -> dict[str, Any]:
     results: dict[str, BaselineResult | RunResult] = {}
     results["linear probe"] = _shown("linear probe", linear_probe(encoder, data.train, data.test), console)
     results["bag of words"] = _shown("bag of words", bag_of_words(data.train, data.test), console)
-    settings = [f"data.train={files[0]}", f"data.validation={files[1]}", f"data.test={files[1]}"]
-    recipe = load_recipe("docstrings", settings, seed)
+    settings = [f"data.train={files[0]}", f"data.validation={files[1]}", f"data.test={files[1]}", *settings]
     console.print("[bold]AdaLoRA[/]")
-    adalora = run(recipe, out / "adalora", console)
-    same_size = {
-        "name": "lora",
-        "r": recipe.method["target_r"],
-        "parameters": adalora.count.final,
-        "lora_alpha": recipe.method["lora_alpha"] * recipe.method["target_r"] / recipe.method["init_r"],
-        "exclude_modules": recipe.method["exclude_modules"],
-    }
+    adalora = run(load_recipe("docstrings", settings, seed), out / "adalora", console)
     console.print("[bold]LoRA[/] (PEFT), as many parameters")
-    lora = run(recipe.model_copy(update={"method": same_size}), out / "lora", console)
+    same_size = f"method.parameters={adalora.count.final}"
+    lora = run(load_recipe("docstrings-lora", [*settings, same_size], seed), out / "lora", console)
     results |= {"LoRA": lora, "AdaLoRA": adalora}
     console.print(_table(results))
     print_heatmap(adalora, console)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ def _finish(job: _Job, seconds: float) -> RunResult:
 
 def quiet() -> None:
     """Leave the screen to our own line: no bars, and no report that a new head is new."""
+    # PEFT 0.21 asks transformers 5.23 by an old name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()

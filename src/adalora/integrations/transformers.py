@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..allocator import RankAllocator
 from ..checkpoint import save_adapter
 from ..config import AdaLoraConfig
-from ..errors import ConfigError, InjectionError, TrainingError
+from ..errors import AdapterFileError, ConfigError, InjectionError, TrainingError
 from ..injection import adapter_config, adapter_root, inject, merge, named_adapters, trained_biases, unmerge
 from ..regularizer import orthogonality_penalty
 from ..targets import saved_modules
@@ -131,12 +131,15 @@ def with_task_head(config: AdaLoraConfig, model: nn.Module) -> AdaLoraConfig:
     """`config` with the task head in `modules_to_save`, unless it says itself what to save.
 
     The head is what stands outside the base model and is not its output embedding, as in the paper's runs:
-    such modules are new, and frozen they would stay random.
+    such modules are new, and frozen they would stay random. The transformers model may be within `model`.
     """
-    if config.modules_to_save is not None or not isinstance(model, PreTrainedModel):
+    if config.modules_to_save is not None:
         return config
-    head = task_head(model)
-    return dataclasses.replace(config, modules_to_save=head) if head else config
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            head = tuple(f"{name}.{part}".lstrip(".") for part in task_head(module))
+            return dataclasses.replace(config, modules_to_save=head) if head else config
+    return config
 
 
 def task_head(model: PreTrainedModel) -> tuple[str, ...]:
@@ -184,6 +187,8 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwarg
         del model.save_pretrained, model._keys_to_ignore_on_save
         model.save_pretrained(save_directory, **kwargs)
         return
+    if kwargs.get("push_to_hub"):
+        raise AdapterFileError("save_pretrained(push_to_hub=True) would push no adapter; call model.push_to_hub(name).")
     resumable = Path(save_directory).name.startswith(CHECKPOINT_PREFIX)
     if resumable:
         type(model).save_pretrained(model, save_directory, **kwargs)
