@@ -61,16 +61,11 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         if not is_adapted(model):
             inject(model, with_task_head(self.config or AdaLoraConfig(), model))
-        elif self.config is not None and adapter_config(model) != self.config:
+        elif self.config is not None and adapter_config(model) not in (self.config, with_task_head(self.config, model)):
             raise ConfigError(
                 "the model is adapted already, with another configuration; pass AdaLoraCallback() without one."
             )
-        if isinstance(model, PreTrainedModel):
-            save_adapter_only(model)
-        elif any(isinstance(module, PreTrainedModel) for module in model.modules()) and hasattr(model, "save"):
-            if args.load_best_model_at_end:
-                raise TrainingError(f"{_NO_WAY_BACK} Unset `load_best_model_at_end` in the training arguments.")
-            save_merged_and_adapter(model)
+        prepare_saving(model, args.load_best_model_at_end)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the optimizer, which has its restored state by now, for the run's number of steps."""
@@ -81,6 +76,7 @@ class AdaLoraCallback(TrainerCallback):
                 "built the model anew. Pass Trainer(callbacks=[AdaLoraCallback()]); with a `model_init`, let it "
                 "return adalora.inject(model, config)."
             )
+        prepare_saving(model, args.load_best_model_at_end)  # of a model that came only now
         self.allocator = allocator = RankAllocator(model, total_step=state.max_steps).attach(optimizer)
         # The optimizer outlives a run that failed, as where auto_find_batch_size tries again. A pattern that is
         # final stays, though: whoever trains on has spent the budget already.
@@ -148,6 +144,17 @@ def task_head(model: PreTrainedModel) -> tuple[str, ...]:
         return ()
     children = model.named_children()
     return tuple(n for n, child in children if child is not model.base_model and any(True for _ in child.parameters()))
+
+
+def prepare_saving(model: nn.Module, loads_best: bool) -> None:
+    """Make an adapted model store itself in a form that can be read back. Any other module does so already."""
+    if isinstance(model, PreTrainedModel):
+        save_adapter_only(model)
+    elif any(isinstance(module, PreTrainedModel) for module in model.modules()) and hasattr(model, "save"):
+        if loads_best:
+            raise TrainingError(f"{_NO_WAY_BACK} Unset `load_best_model_at_end` in the training arguments.")
+        if "save" not in vars(model):
+            save_merged_and_adapter(model)
 
 
 def save_adapter_only(model: PreTrainedModel) -> None:
