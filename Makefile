@@ -2,17 +2,19 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Two processes; the tests of one file stay together and share what they set up.
+TWO    := -n 2 --dist loadfile
 
 .PHONY: demo test check bench docs clean
 demo: $(VENV)/.installed
 	$(BIN)/adalora demo
 
 test: check
-	$(BIN)/python -m pytest -m "slow and not gpu and not hub"
+	$(BIN)/python -m pytest $(TWO) -m "slow and not gpu and not hub"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not gpu and not hub"
+	$(BIN)/python -m pytest $(TWO) -m "not slow and not gpu and not hub"
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
