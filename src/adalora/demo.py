@@ -20,7 +20,7 @@ from .summary import print_heatmap
 from .tasks.baselines import BaselineResult, bag_of_words, linear_probe
 from .tasks.docstrings import load, write_jsonl
 from .tasks.encoder import packaged_encoder
-from .train import RunResult, run
+from .train import RunResult, quiet, run
 
 SENTENCES = (
     "Number of jobs to run in parallel.",
@@ -36,6 +36,7 @@ def run_demo(out: Path, seed: int, console: Console, settings: Sequence[str] = (
     `out` is replaced.
     """
     _make_room(out)
+    quiet()
     encoder = packaged_encoder()
     data = load()
     files = write_jsonl(out / "data", data)

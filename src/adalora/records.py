@@ -99,7 +99,12 @@ class ProgressLine(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the line away."""
-        self.bar.stop()
+        self.close()
+
+    def close(self) -> None:
+        """Take the line away; also needed when training ends by an error."""
+        if self.bar.live.is_started:  # stopping one that never started prints an empty line
+            self.bar.stop()
 
     def _due(self, state: Any) -> bool:
         done = state.global_step / max(state.max_steps, 1)

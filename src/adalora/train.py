@@ -134,7 +134,7 @@ def _fit(job: _Job) -> float:
         raise
     finally:
         job.stop.restore()
-        job.line.bar.stop()
+        job.line.close()
     return time.monotonic() - started
 
 
