@@ -32,7 +32,7 @@ def save_bert(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,
-        max_position_embeddings=16,
+        max_position_embeddings=128,
         initializer_range=0.15,  # else attention is uniform, and no query matters
     )
     BertModel(config).save_pretrained(folder)

@@ -911,3 +911,86 @@ def test_distributed_data_parallel_changes_nothing() -> None:
     assert allocator.step == 40
     assert largest_difference(snapshot(model), expected) <= 1e-12
     assert keeps(model) == pattern
+
+
+# --- Found in review ----------------------------------------------------------------------------------------
+
+
+def test_a_run_resumed_past_its_new_freeze_step_meets_the_budget_at_once() -> None:
+    model, data = adapted(total_step=None), Data()
+    optimizer = adamw(model)
+    adalora.RankAllocator(model, total_step=100).attach(optimizer)
+    train(model, optimizer, data, 30)
+    shorter = adalora.RankAllocator(model, total_step=35).attach(optimizer)  # freezes at step 21
+    assert not shorter.frozen
+    train(model, optimizer, data, 1)
+    assert shorter.frozen and shorter.live == shorter.schedule.target_budget
+    nonzero = sum(int(module.lora_E.count_nonzero()) for module in shorter.modules.values())
+    assert nonzero == shorter.schedule.target_budget
+
+
+def test_an_ascending_optimizer_lowers_the_regularizer_too() -> None:
+    finals = []
+    for maximize in (False, True):
+        torch.manual_seed(0)
+        model = adapted(total_step=None)
+        optimizer = torch.optim.SGD(adalora.adapter_parameters(model), lr=0.05, maximize=maximize)
+        adalora.RankAllocator(model, total_step=60).attach(optimizer)
+        for _ in range(60):
+            (sum(p.sum() for p in adalora.adapter_parameters(model)) * 0.0).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        finals.append(adalora.orthogonality_penalty(model).item())
+    assert finals[0] == finals[1] < 1.9
+
+
+def test_a_parameter_frozen_after_attach_stays_where_it_is() -> None:
+    model, data = adapted(total_step=None), Data()
+    optimizer = adamw(model)
+    allocator = adalora.RankAllocator(model, total_step=20).attach(optimizer)
+    frozen = next(iter(allocator.modules.values())).lora_A.requires_grad_(False)
+    before = frozen.detach().clone()
+    train(model, optimizer, data, 5)
+    assert torch.equal(frozen, before)
+
+
+def test_a_step_without_any_gradient_changes_nothing() -> None:
+    model = adapted(total_step=None)
+    optimizer = adamw(model)
+    adalora.RankAllocator(model, total_step=20).attach(optimizer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_casting_after_attach_is_named_with_the_remedy() -> None:
+    model = adapted(total_step=None)
+    optimizer = adamw(model)
+    adalora.RankAllocator(model, total_step=20).attach(optimizer)
+    model.bfloat16()
+    with pytest.raises(TrainingError, match="bfloat16; importance is lost in 16 bits"):
+        optimizer.step()
+
+
+def test_a_failed_attach_leaves_no_hook() -> None:
+    model, data = adapted(total_step=None), Data()
+    optimizer = adamw(model)
+    adalora.RankAllocator(model, total_step=20).attach(optimizer).detach()
+    hooks = len(optimizer._optimizer_step_post_hooks)
+    train(model, optimizer, data, 1)
+    for parameter in adalora.adapter_parameters(model):
+        optimizer.state[parameter]["exp_avg"] = torch.zeros(1)
+    with pytest.raises(TrainingError, match="another size"):
+        adalora.RankAllocator(model, total_step=20).attach(optimizer)
+    assert len(optimizer._optimizer_step_post_hooks) == hooks
+
+
+def test_ranks_survive_a_plain_state_dict() -> None:
+    model, data = adapted(total_step=None), Data()
+    optimizer = adamw(model)
+    allocator = adalora.RankAllocator(model, total_step=20).attach(optimizer)
+    train(model, optimizer, data, 20)
+    other = adapted(total_step=None)
+    other.load_state_dict(model.state_dict())
+    assert adalora.rank_report(other).ranks == adalora.rank_report(model).ranks
+    assert adalora.rank_report(other).total_rank == allocator.schedule.target_budget

@@ -18,10 +18,10 @@ SOURCE = Path(adalora.__file__).parent
 # another as long as no circle arises.
 CORE = (
     {"errors", "functional", "allocation"},
-    {"config", "layers", "files"},
-    {"schedule", "conversion", "importance", "optimizers"},
-    {"targets", "averages"},
-    {"injection", "reading"},
+    {"schedule", "layers", "files"},
+    {"config", "conversion", "optimizers"},
+    {"importance", "targets"},
+    {"averages", "injection", "reading"},
     {"regularizer", "report", "stored"},
     {"allocator", "checkpoint"},
     {"export"},
@@ -29,7 +29,7 @@ CORE = (
 RINGS = (
     {"integrations", "recipe"},
     {"methods", "tasks"},
-    {"plan", "card", "records"},
+    {"plan", "card", "records", "resolve"},
     {"train"},
     {"compare", "summary"},
     {"demo"},

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adalora import (
@@ -478,3 +478,53 @@ def test_a_half_precision_base_keeps_an_adapter_of_full_precision(tmp_path: Path
     assert {p.dtype for n, p in loaded.named_parameters() if "lora_" in n} == {torch.float32}
     assert_same(live_factors(loaded), live_factors(model))
     assert logits(loaded).dtype == torch.bfloat16
+
+
+def test_a_finished_adapter_trains_on_for_a_run_of_another_length(tmp_path: Path) -> None:
+    choices = {"tinit": 2, "tfinal": 8, "deltaT": 1, "total_step": 20, "min_rank": 2}
+    save_adapter(adapted(pair(), ranks=[1, 3], **choices), tmp_path / "a")
+    model = load_adapter(pair(), tmp_path / "a", trainable=True)
+    config = model.adalora_config
+    assert (config.tinit, config.tfinal, config.deltaT, config.total_step) == (0.1, 0.4, 0.05, None)
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-2)
+    allocator = RankAllocator(model, total_step=100).attach(optimizer)
+    assert (allocator.schedule.tinit, allocator.schedule.freeze_step) == (10, 60)
+    assert allocator.minimum == [1, 2]  # never more than is left
+    for _ in range(100):
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert allocator.frozen and allocator.live == 4
+
+
+def test_a_file_that_reads_back_differently_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adalora import checkpoint
+
+    original = checkpoint.read_adapter
+
+    def damaged(folder: Path) -> object:
+        stored = original(folder)
+        A, E, B = stored.factors["first"]
+        stored.factors["first"] = (A, E + 1e-3, B)
+        return stored
+
+    monkeypatch.setattr(checkpoint, "read_adapter", damaged)
+    with pytest.raises(AdapterFileError, match="differs from the one written by"):
+        save_adapter(adapted(pair()), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_valid_training_settings_of_peft_are_kept(tmp_path: Path) -> None:
+    save_adapter(adapted(pair(), total_step=40), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    save_file(weights, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})  # as PEFT: no metadata
+    values = json.loads(path.read_text())
+    values |= {"beta1": 0.6, "beta2": 0.7, "orth_reg_weight": 0.5, "tinit": 5, "tfinal": 50, "deltaT": 10}
+    path.write_text(json.dumps(values | {"total_step": 100}))
+    config = load_adapter(pair(), tmp_path / "a").adalora_config
+    assert (config.beta1, config.beta2, config.orth_reg_weight) == (0.6, 0.7, 0.5)
+    assert (config.tinit, config.tfinal, config.deltaT, config.total_step) == (5, 50, 10, 100)
+    path.write_text(json.dumps(values | {"total_step": 3}))
+    config = load_adapter(pair(), tmp_path / "a").adalora_config
+    assert (config.beta1, config.tinit, config.total_step) == (0.6, 0.1, None)

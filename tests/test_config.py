@@ -255,3 +255,10 @@ def test_equal_configurations_train_equally(usual: tuple[Any, ...]) -> None:
 def test_every_field_changes_what_training_does(field: str, usual: tuple[Any, ...]) -> None:
     """Peers B7: a field that would do nothing does not exist."""
     assert outcome(Config(**BASE | {field: CHANGES[field]})) != usual
+
+
+def test_a_schedule_that_cannot_run_is_refused_at_construction() -> None:
+    with pytest.raises(ConfigError, match="must leave steps for reducing"):
+        adalora.AdaLoraConfig(tinit=100, tfinal=100, total_step=50)
+    with pytest.raises(ConfigError, match="for 'q' min_rank is 3, above max_rank 2"):
+        adalora.AdaLoraConfig(min_rank={"q": 3}, max_rank={"q": 2})

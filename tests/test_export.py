@@ -296,3 +296,13 @@ def test_other_weights_in_the_folder_that_would_be_loaded_instead_are_refused(tm
     with pytest.raises(AdapterFileError, match=r"model-00001-of-00002\.safetensors"):
         export_merged(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_lora_that_reads_back_differently_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adalora import export
+
+    original = export.load_file
+    monkeypatch.setattr(export, "load_file", lambda path: {k: v * 1.001 for k, v in original(path).items()})
+    with pytest.raises(AdapterFileError, match="differs by"):
+        export_lora(adapted(pair()), tmp_path / "a")
+    assert not (tmp_path / "a").exists()

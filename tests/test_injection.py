@@ -190,3 +190,32 @@ def test_gradient_checkpointing_sees_the_adapter() -> None:
         torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
         for one, other in zip(expected, adalora.adapter_parameters(model), strict=True):
             torch.testing.assert_close(one, other.grad)
+
+
+def test_injecting_into_a_wrapper_is_refused_untouched() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(InjectionError, match=r"inject into model\.module before wrapping"):
+        adalora.inject(nn.DataParallel(model), adalora.AdaLoraConfig(target_modules=["0"], init_r=2, target_r=1))
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+
+
+def test_merging_a_disabled_adapter_is_refused() -> None:
+    config = adalora.AdaLoraConfig(target_modules=["0"], init_r=2, target_r=1)
+    model = adalora.inject(nn.Sequential(nn.Linear(3, 2)), config)
+    with adalora.disabled(model), pytest.raises(InjectionError, match=r"leave adalora\.disabled first"):
+        adalora.merge(model)
+
+
+def test_a_wrapper_of_an_adapted_model_gives_all_that_trains_in_it() -> None:
+    config = adalora.AdaLoraConfig(target_modules=["0"], init_r=2, target_r=1)
+    body = adalora.inject(nn.Sequential(nn.Linear(3, 4)), config)
+    whole = nn.Sequential(body, nn.Linear(4, 2))
+    assert len(adalora.adapter_parameters(body)) == 3
+    assert len(adalora.adapter_parameters(whole)) == 5
+
+
+def test_eject_freezes_all_and_leaves_no_hook() -> None:
+    config = adalora.AdaLoraConfig(target_modules=["0"], init_r=2, target_r=1, bias="all")
+    model = adalora.eject(adalora.inject(nn.Sequential(nn.Linear(3, 2)), config))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert len(model._load_state_dict_post_hooks) == 0

@@ -452,8 +452,26 @@ def test_state_dict_has_base_keys_plus_three(case: Case) -> None:
     other, _ = adapt(case[0]()[0].double())
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
+
+
+@each_kind
+def test_a_merged_state_never_applies_the_increment_twice(case: Case) -> None:
+    base, x = case[0]()
+    model, _ = adapt(base.double())
+    expected, unmerged = model(x), copy.deepcopy(model.state_dict())
     adalora.merge(model)
-    assert list(model.state_dict()) == [*keys, "layer.lora_A", "layer.lora_E", "layer.lora_B"]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert list(state) == [key for key in unmerged if ".lora_" not in key]
+    fresh = case[0]()[0].double()  # a base model: the state is that of a base model
+    fresh.load_state_dict({key.removeprefix("layer."): value for key, value in state.items()})
+    torch.testing.assert_close(fresh(x), expected, rtol=1e-10, atol=1e-10)
+    with pytest.raises(RuntimeError, match="lora_A"):
+        model.load_state_dict(state)
+    other, layer = adapt(case[0]()[0].double())
+    adalora.merge(other)
+    other.load_state_dict(unmerged)
+    assert not layer.merged
+    torch.testing.assert_close(other(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_representation_tells_rank_and_capacity() -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from adalora.errors import ConfigError
+from adalora.methods import build_method
 from adalora.recipe import load_recipe, recipe_names
 
 MINIMAL = "model: {name_or_path: some/model}\ndata: {train: a.jsonl}\nmethod: {name: adalora, init_r: 4, target_r: 2}\n"
@@ -46,12 +47,80 @@ def test_numbers_are_numbers(file: str, text: str, value: object) -> None:
         ("seed", "section.key=value"),
         ("seed.x=1", "section"),
         ("data.text=[", "not valid YAML"),
+        ("seed=-1", "seed is -1: input should be greater than or equal to 0"),
+        ("seed=4294967296", "seed is 4294967296: input should be less than 4294967296"),
+        ("data.kind=numeric", "data.kind is 'numeric'"),
+        ("model=bert", "model is 'bert'; it must be a section, e.g. model.name_or_path=bert"),
+        ("data=[1]", "data is [1]; it must be a section, e.g. data.train=…"),
+        ("method=lora", "method is 'lora'; it must be a section, e.g. method.name=lora"),
+        ("method.target_modules=query,value", "for a list write [query, value]"),
+        ("method.exclude_modules='pooler.dense, key'", "for a list write [pooler.dense, key]"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_path(file: str, setting: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(file, ["seed=1", setting])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["yes", "no", "on", "off", "Yes", "NO"])
+def test_only_true_and_false_are_booleans(file: str, text: str) -> None:
+    recipe = load_recipe(file, [f"training.eval_strategy={text}", "training.fp16=true", "training.bf16=False"])
+    assert recipe.training == {"eval_strategy": text, "fp16": True, "bf16": False}
+
+
+@pytest.mark.parametrize("text", ["1e5", "1234e56", "no", "true", "12"])
+def test_a_text_that_looks_like_something_else_stays_a_text_in_the_dump(file: str, tmp_path: Path, text: str) -> None:
+    recipe = load_recipe(file, [f"model.revision='{text}'"])
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.dump())
+    assert load_recipe(str(again)).model.revision == text
+
+
+@pytest.mark.parametrize("twice", ["seed: 1\nseed: 2\n", "training: {fp16: true, fp16: false}\n"])
+def test_a_key_that_occurs_twice_is_refused(file: str, twice: str) -> None:
+    Path(file).write_text(MINIMAL + twice)
+    with pytest.raises(ConfigError, match=r"key '(seed|fp16)' occurs twice"):
+        load_recipe(file)
+
+
+def test_what_is_missing_is_named(file: str) -> None:
+    Path(file).write_text("data: {train: a.jsonl}\nmethod: {name: lora}\n")
+    with pytest.raises(ConfigError, match="section model is missing$"):
+        load_recipe(file)
+    with pytest.raises(ConfigError, match="model.name_or_path is missing$"):
+        load_recipe(file, ["model.revision=main"])
+
+
+def test_a_section_left_empty_can_be_set(file: str) -> None:
+    Path(file).write_text(MINIMAL + "training:\n")
+    assert load_recipe(file, ["training.max_steps=3"]).training == {"max_steps": 3}
+
+
+@pytest.mark.parametrize("text", ["(query|value)", "layer.{1,3}query", "all-linear"])
+def test_a_regular_expression_is_no_unbracketed_list(file: str, text: str) -> None:
+    assert load_recipe(file, [f"method.target_modules='{text}'"]).method["target_modules"] == text
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"r": 0}, "r is 0"),
+        ({"r": 2.0}, "r is 2.0"),
+        ({"r": True}, "r is True"),
+        ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"lora_dropout": -0.1}, "lora_dropout is -0.1"),
+        ({"parameters": 0}, "parameters is 0"),
+        ({"parameters": "many"}, "parameters is 'many'"),
+    ],
+)
+def test_options_of_lora_that_cannot_be_meant_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_method({"name": "lora", **options})
+    assert str(caught.value).startswith(f"in section method: {message}; give a ")
 
 
 def test_what_is_neither_recipe_nor_file_names_the_nearest(tmp_path: Path) -> None:

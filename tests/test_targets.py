@@ -367,7 +367,7 @@ def test_a_bound_for_a_module_that_is_not_adapted_is_refused(field: str) -> None
     model = Net()
     before = fingerprint(model)
     with pytest.raises(
-        InjectionError, match=rf"{field} names 'key', but no adapted module ends in that; adapted are: "
+        InjectionError, match=rf"{field} names 'key', but no adapted module ends in that; they end in: "
     ):
         adalora.inject(model, adalora.AdaLoraConfig(init_r=4, target_r=2, **{field: {"query": 2, "key": 2}}))
     assert fingerprint(model) == before
@@ -396,3 +396,11 @@ def test_refusals_survive_a_copy() -> None:
     model = copy.deepcopy(Holder(replaced_forward()))
     with pytest.raises(InjectionError, match="replaced on the instance"):
         adalora.inject(model, adalora.AdaLoraConfig())
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_a_listed_name_that_means_nothing_is_refused(field: str) -> None:
+    model = nn.ModuleDict({"query": nn.Linear(2, 2), "value": nn.Linear(2, 2)})
+    choices = {"target_modules": ["value"], field: ["value", "qurey"] if field == "target_modules" else ["qurey"]}
+    with pytest.raises(InjectionError, match=f"{field} names 'qurey'.*did you mean 'query'"):
+        adalora.inject(model, adalora.AdaLoraConfig(**choices, init_r=2, target_r=1))

@@ -8,7 +8,8 @@ def main() -> None:
     try:
         from .cli import run_app
     except ModuleNotFoundError as error:
-        sys.exit(f'adalora: the command line needs {error.name!r}: pip install "adalora[hf]"')
+        sys.stderr.write(f'adalora: the command line needs {error.name!r}: pip install "adalora[hf]"\n')
+        sys.exit(2)
     sys.exit(run_app())
 
 

@@ -18,10 +18,10 @@ def keep_top(scores: Sequence[Tensor], budget: int, minimum: Sequence[int] | Non
     Each matrix first keeps its own `minimum[k]` best. The caller sees to it that the minima fit into the
     budget, the budget into the triplets, and that scores are finite.
     """
-    joined = torch.cat(list(scores))
+    joined = torch.cat([score.to(scores[0].device) for score in scores])  # a model may live on several
     granted = torch.zeros_like(joined, dtype=torch.bool)
     if minimum is not None and any(minimum):
-        granted = torch.cat([_top(score, least) for score, least in zip(scores, minimum, strict=True)])
+        granted = torch.cat([_top(score, k).to(joined.device) for score, k in zip(scores, minimum, strict=True)])
         budget -= int(sum(minimum))
     # Those already granted leave the contest, which is decided by rank alone and so needs no score range.
     order = torch.argsort(joined, descending=True, stable=True)

@@ -21,7 +21,16 @@ from .allocation import keep_top
 from .averages import SENSITIVITY, UNCERTAINTY, module_scores, update_averages
 from .errors import ConfigError, TrainingError
 from .injection import Progress, adapter_config, adapter_root, named_adapters, record_progress
-from .optimizers import check_membership, check_restored_state, loss_scale, step_is_skipped, unwrap
+from .optimizers import (
+    check_dtype,
+    check_membership,
+    check_restored_state,
+    loss_scale,
+    maximized,
+    step_is_skipped,
+    unwrap,
+    when_gradients_are_there,
+)
 from .regularizer import add_penalty_gradient_
 from .schedule import Phase, Schedule
 from .targets import bound
@@ -97,7 +106,11 @@ class RankAllocator:
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_load_state_dict_post_hook(self._restore),
         ]
-        self._restore(optimizer)
+        try:
+            self._restore(optimizer)
+        except TrainingError:
+            self.detach()
+            raise
         return self
 
     def detach(self) -> None:
@@ -138,6 +151,8 @@ class RankAllocator:
         Raises TrainingError before the first step: nothing is known of importance then.
         """
         if self.frozen:
+            assert self._optimizer is not None
+            self._restore(self._optimizer)  # weights loaded since brought their own pattern
             self._mask()
             return
         if self.step == 0:
@@ -174,25 +189,15 @@ class RankAllocator:
                 raise TrainingError(f"{name!r} was ejected, but an allocator still drives it; call detach() on that.")
             if module.merged:
                 raise TrainingError(f"{name!r} is merged and would not learn; call adalora.unmerge(model) first.")
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._add_penalty(optimizer)
-            return None
-
-        # A closure computes the gradients inside the step; now they are not there yet.
-        def with_penalty() -> Any:
-            loss = closure()
-            self._add_penalty(optimizer)
-            return loss
-
-        rest = {key: value for key, value in kwargs.items() if key != "closure"}
-        return (args[0], with_penalty, *args[2:]), rest
+            check_dtype(name, module)
+        return when_gradients_are_there(args, kwargs, lambda: self._add_penalty(optimizer))
 
     def _add_penalty(self, optimizer: Optimizer) -> None:
-        weight = self.config.orth_reg_weight
-        if weight and not step_is_skipped(optimizer):
+        weight, modules = self.config.orth_reg_weight, list(self.modules.values())
+        trained = any(p.grad is not None for m in modules for p in (m.lora_A, m.lora_E, m.lora_B))
+        if weight and trained and not step_is_skipped(optimizer):
             scaled = weight * loss_scale(optimizer)
-            add_penalty_gradient_(list(self.modules.values()), self.config.orth_reg_form, scaled)
+            add_penalty_gradient_(modules, self.config.orth_reg_form, scaled, maximized(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if step_is_skipped(optimizer):
@@ -203,7 +208,8 @@ class RankAllocator:
             if step < self.schedule.total_step - self.schedule.tfinal:
                 finite = update_averages(optimizer, self.modules.values(), self.config)
                 self.skipped_steps += not finite
-            if self.schedule.allocates(step):
+            # A resumed run may find that its new, shorter schedule has frozen already.
+            if self.schedule.allocates(step) or step > self.schedule.freeze_step:
                 self._allocate(step, self.schedule.budget(step))
             self._group[FROZEN] = step >= self.schedule.freeze_step
         else:

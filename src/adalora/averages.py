@@ -33,7 +33,7 @@ def update_averages(optimizer: Optimizer, modules: Iterable[SVDAdapter], config:
     if not parameters:
         return True
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    if not torch.stack([norm.isfinite() for norm in torch._foreach_norm(gradients)]).all():
+    if not torch.stack([norm.isfinite().to(gradients[0].device) for norm in torch._foreach_norm(gradients)]).all():
         logger.warning("a gradient is not finite; the importance of this step is left out")
         return False
     for parameter in parameters:

@@ -71,12 +71,14 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:
     """Put the adapter in `folder`, ours or PEFT's AdaLoRA, into the base model `model`; returns the model.
 
-    Layers are built at the stored ranks. `trainable` leaves adapters and saved modules ready to train on.
+    Layers are built at the stored ranks. `trainable` leaves adapters and saved modules ready to train on, for a
+    run of any length: `total_step` is unset, and phases in steps become fractions of the run that is over.
     Raises AdapterFileError, naming file, key and shapes, and leaves the model as it was.
     """
     stored = read_adapter(folder)
     stored.check_against(model)
-    install(model, stored.config, {name: factors[1].shape[0] for name, factors in stored.factors.items()})
+    config = _for_another_run(stored.config) if trainable else stored.config
+    install(model, config, {name: factors[1].shape[0] for name, factors in stored.factors.items()})
     if not trainable:
         model.requires_grad_(False)
     with torch.no_grad():
@@ -89,6 +91,17 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
         for name, value in stored.whole.items():
             state[name].copy_(value)
     return model
+
+
+def _for_another_run(config: AdaLoraConfig) -> AdaLoraConfig:
+    if config.total_step is None and any(isinstance(phase, int) for phase in (config.tinit, config.tfinal)):
+        logger.warning(
+            "the phases tinit=%s and tfinal=%s are steps of a run whose length the adapter does not tell; training it "
+            "again uses the default fractions",
+            config.tinit,
+            config.tfinal,
+        )
+    return config.for_another_run()
 
 
 def base_name(model: nn.Module) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
+from .schedule import Schedule
 
 Bias = Literal["none", "all", "lora_only"]
 OrthForm = Literal["norm", "squared"]
@@ -100,6 +101,16 @@ class AdaLoraConfig:
         """Factor of the increment; the 1e-5 is in the authors' code and so in every stored adapter."""
         return self.lora_alpha / (self.init_r + 1e-5)
 
+    def for_another_run(self) -> AdaLoraConfig:
+        """The same method for a run of unknown length: phases in steps become fractions of the old run, or the
+        defaults where its length is unknown."""
+        phases: dict[str, Any] = {"total_step": None}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("tinit", "tfinal", "deltaT") and isinstance(value, int):
+                phases[field.name] = min(value / self.total_step, 0.99) if self.total_step else field.default
+        return dataclasses.replace(self, **phases)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back to an equal configuration."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -152,6 +163,12 @@ class AdaLoraConfig:
                 _check_int(name, bound, least=0, most=self.init_r)
         if isinstance(self.min_rank, int) and isinstance(self.max_rank, int) and self.min_rank > self.max_rank:
             raise ConfigError(f"min_rank ({self.min_rank}) is above max_rank ({self.max_rank}).")
+        if isinstance(self.min_rank, Mapping) and isinstance(self.max_rank, Mapping):
+            for key in self.min_rank.keys() & self.max_rank.keys():
+                if self.min_rank[key] > self.max_rank[key]:
+                    raise ConfigError(
+                        f"for {key!r} min_rank is {self.min_rank[key]}, above max_rank {self.max_rank[key]}."
+                    )
 
     def _check_schedule(self) -> None:
         for name, least in (("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
@@ -173,6 +190,8 @@ class AdaLoraConfig:
                 f"tinit ({self.tinit}) and tfinal ({self.tfinal}) leave nothing of the run to reduce the budget in; "
                 "their sum must be below 1."
             )
+        if self.total_step is not None:
+            Schedule.from_config(self, initial_budget=1, target_budget=0, total_step=self.total_step)
 
 
 def _check_pattern(name: str, value: str | tuple[str, ...] | None) -> None:

@@ -20,7 +20,7 @@ from .summary import print_heatmap
 from .tasks.baselines import BaselineResult, bag_of_words, linear_probe
 from .tasks.docstrings import load, write_jsonl
 from .tasks.encoder import packaged_encoder
-from .train import RunResult, quiet, run
+from .train import RunResult, check, quiet, run
 
 SENTENCES = (
     "Number of jobs to run in parallel.",
@@ -35,8 +35,10 @@ def run_demo(out: Path, seed: int, console: Console, settings: Sequence[str] = (
     `settings` go on top of both recipes. Returns {row name: BaselineResult or RunResult}. An earlier demo in
     `out` is replaced.
     """
-    _make_room(out)
     quiet()
+    for name in ("docstrings", "docstrings-lora"):  # a mistake shows before anything is removed or trained
+        check(load_recipe(name, settings, seed), out)
+    _make_room(out)
     encoder = packaged_encoder()
     data = load()
     files = write_jsonl(out / "data", data)
@@ -64,6 +66,8 @@ def run_demo(out: Path, seed: int, console: Console, settings: Sequence[str] = (
 
 
 def _make_room(out: Path) -> None:
+    if any(path.is_file() for path in (out, *out.parents)):
+        raise ConfigError(f"{str(out)!r} is a file, or within one; choose another folder with --out.")
     if out.exists() and any(out.iterdir()):
         if not (out / "adalora" / "recipe.yaml").exists() and not (out / "data").is_dir():
             raise ConfigError(f"{str(out)!r} holds something that is no demo; choose another folder with --out.")

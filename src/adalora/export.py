@@ -28,7 +28,7 @@ from .stored import acting_factors, check_finite, increment, probe, warn_if_unfi
 logger = logging.getLogger("adalora")
 
 # B·E rounds once to fp32 where the live adapter multiplies later; what remains is below this, relative.
-TOLERANCE = 1e-5
+TOLERANCE = 1e-6
 
 
 def export_lora(

@@ -18,7 +18,7 @@ def delta_matrix(A: Tensor, E: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 def low_rank_linear(x: Tensor, A: Tensor, E: Tensor, B: Tensor, scaling: float) -> Tensor:
     """s · x Aᵀ diag(E) Bᵀ for x (..., in); returns (..., out)."""
-    projected = F.linear(_like(x, A), A)  # (..., r)
+    projected = F.linear(like(x, A), A)  # (..., r)
     return F.linear(_gate(projected, E, scaling), B)
 
 
@@ -34,6 +34,6 @@ def _gate(projected: Tensor, E: Tensor, scaling: float) -> Tensor:
     return projected * (E.view(-1) * scaling).to(projected.dtype)  # (..., r)
 
 
-def _like(x: Tensor, weight: Tensor) -> Tensor:
-    # Under autocast the matrix products choose the dtype; elsewhere a bf16 input meets fp32 adapters.
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+def like(x: Tensor, weight: Tensor) -> Tensor:
+    """x in the dtype that it needs beside `weight`: a bf16 input meets fp32 adapters, unless autocast decides."""
+    return x if not x.is_meta and torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .config import AdaLoraConfig
 from .conversion import convert, restore
@@ -61,6 +63,11 @@ def inject(model: M, config: AdaLoraConfig | None = None) -> M:
 
 def install(model: M, config: AdaLoraConfig, ranks: dict[str, int]) -> M:
     """Convert the modules that `ranks` names, each with its capacity, and choose what trains."""
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        raise InjectionError(
+            f"{type(model).__name__} has copied or registered the parameters already, and new ones would not be kept "
+            "equal between processes; inject into model.module before wrapping it."
+        )
     model.requires_grad_(False)
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
@@ -71,12 +78,20 @@ def install(model: M, config: AdaLoraConfig, ranks: dict[str, int]) -> M:
         bias.requires_grad_(True)
     setattr(model, _CONFIG, config)
     record_progress(model, Progress(None, config.total_step))
+    model.register_load_state_dict_post_hook(_follow_loaded_ranks)  # type: ignore[no-untyped-call]
     return model
 
 
 def eject(model: M) -> M:
-    """Remove every adapter from `model` in place: the base model, bit for bit; nothing is made trainable."""
+    """Remove every adapter from `model` in place: its layers and their weights as they were, bit for bit.
+
+    Biases and `modules_to_save` that trained keep what they learned. Nothing is trainable afterwards.
+    """
     root = adapter_root(model)
+    root.requires_grad_(False)
+    hooks = root._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is _follow_loaded_ranks]:
+        del hooks[key]
     for _, module in named_adapters(root):
         restore(module)
     delattr(root, _CONFIG)
@@ -87,9 +102,12 @@ def eject(model: M) -> M:
 def merge(model: nn.Module) -> None:
     """Add every increment to its base weight. The originals are kept, so `unmerge` is exact.
 
-    Raises InjectionError for a weight that another module shares: it would change there too.
+    Raises InjectionError for a weight that another module shares: it would change there too; and where the
+    adapter is disabled.
     """
     root = adapter_root(model)
+    if not all(module.adapter_enabled for _, module in named_adapters(root)):
+        raise InjectionError("the adapter is disabled, and merging would enable it; leave adalora.disabled first.")
     uses = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))
     places = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
     for name, module in named_adapters(root):
@@ -110,7 +128,10 @@ def unmerge(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes what the base model does; may be nested."""
+    """Within the context no increment acts; may be nested.
+
+    That is the base model, unless biases or `modules_to_save` trained: those keep what they learned.
+    """
     modules = [module for _, module in named_adapters(adapter_root(model))]
     if any(module.merged for module in modules):
         raise InjectionError("the adapter is merged into the weights; call adalora.unmerge(model) first.")
@@ -126,7 +147,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What an optimizer should get: everything trainable, each parameter once."""
-    return [parameter for parameter in adapter_root(model).parameters() if parameter.requires_grad]
+    adapter_root(model)  # raises where there is no adapter
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, SVDAdapter]]:
@@ -143,6 +165,22 @@ def trained_biases(model: nn.Module, config: AdaLoraConfig) -> Iterator[tuple[st
         chosen = config.bias == "all" or (config.bias == "lora_only" and isinstance(module, SVDAdapter))
         if bias is not None and chosen:
             yield f"{name}.bias".lstrip("."), bias
+
+
+def _follow_loaded_ranks(model: nn.Module, keys: Any) -> None:
+    """After load_state_dict: a triplet is live if its Λ is not zero, unless nothing was trained yet.
+
+    An optimizer that is restored as well knows the mask itself, and then says so.
+    """
+    modules = dict(named_adapters(model))
+    if any(f"{name}.lora_E" in keys.missing_keys for name in modules):
+        return
+    trained = any(bool(module.lora_E.any()) for module in modules.values())
+    for module in modules.values():
+        live = module.lora_E.detach().view(-1) != 0
+        module.lora_keep.copy_(live if trained else torch.ones_like(live))
+    if trained and training_progress(model).steps == 0:
+        record_progress(model, Progress(None, training_progress(model).total_step))
 
 
 def _check_budget(config: AdaLoraConfig, ranks: dict[str, int]) -> None:

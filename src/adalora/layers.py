@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import delta_matrix, low_rank_embedding, low_rank_linear
+from .functional import delta_matrix, like, low_rank_embedding, low_rank_linear
 
 
 class SVDAdapter(nn.Module):
@@ -96,7 +96,18 @@ class SVDAdapter(nn.Module):
             self.register_buffer("base_weight", None, persistent=False)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}/{self.capacity}"
+        rank = "?" if self.lora_keep.is_meta else self.rank
+        return f"{super().extra_repr()}, rank={rank}/{self.capacity}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:  # the weight holds the increment, which must not be applied a second time
+            for name in ("lora_A", "lora_E", "lora_B"):
+                del destination[prefix + name]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class SVDLinear(SVDAdapter, nn.Linear):
@@ -129,7 +140,7 @@ class SVDConv(SVDAdapter):
     def delta_output(self, x: Tensor) -> Tensor:
         spatial = (1,) * len(self.kernel_size)
         x = self.dropped(x)
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
+        x = like(x, self.lora_A)
         kernel = self.lora_A.view(self.capacity, *self.weight.shape[1:]).repeat(self.groups, 1, *spatial)
         # _conv_forward, not F.conv: it alone knows the padding mode.
         projected = self._conv_forward(x, kernel, None)  # type: ignore[operator]  # (…, groups·r, spatial)

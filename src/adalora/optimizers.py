@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ def check_membership(optimizer: Optimizer, modules: Mapping[str, SVDAdapter]) ->
     """Raise TrainingError unless each adapter parameter trains, in 32 bits or more, in one place of `optimizer`."""
     places = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
     for name, module in modules.items():
+        check_dtype(name, module)
         for key in ("lora_A", "lora_E", "lora_B"):
             parameter = getattr(module, key)
             where = f"{name}.{key}"
@@ -39,16 +40,22 @@ def check_membership(optimizer: Optimizer, modules: Mapping[str, SVDAdapter]) ->
                 raise TrainingError(
                     f"{where} is frozen; load the adapter with trainable=True, or set requires_grad on it."
                 )
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise TrainingError(
-                    f"{where} is {parameter.dtype}; importance is lost in 16 bits. Cast the model before "
-                    "adalora.inject, not after, and use autocast for speed."
-                )
             if places[id(parameter)] != 1:
                 found = "not in the optimizer" if not places[id(parameter)] else "in the optimizer twice"
                 raise TrainingError(
                     f"{where} is {found}; build it from adalora.adapter_parameters(model) after adalora.inject."
                 )
+
+
+def check_dtype(name: str, module: SVDAdapter) -> None:
+    """Raise TrainingError for an adapter of less than 32 bits."""
+    for key in ("lora_A", "lora_E", "lora_B"):
+        dtype = getattr(module, key).dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TrainingError(
+                f"{name}.{key} is {dtype}; importance is lost in 16 bits. Cast the model before adalora.inject, not "
+                "after, and use autocast for speed."
+            )
 
 
 def check_restored_state(optimizer: Optimizer, modules: Mapping[str, SVDAdapter], own: tuple[str, ...]) -> None:
@@ -75,3 +82,27 @@ def loss_scale(optimizer: Optimizer) -> Tensor | float:
     """The factor still on the gradients: a fused optimizer unscales inside its step, and then stores them so."""
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else scale
+
+
+def when_gradients_are_there(args: Any, kwargs: dict[str, Any], then: Callable[[], None]) -> Any:
+    """Call `then` before the update, from a step pre-hook with these arguments; returns what the hook must.
+
+    A closure computes the gradients inside the step: `then` follows each of its calls.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        then()
+        return None
+
+    def closure_and_then() -> Any:
+        loss = closure()
+        then()
+        return loss
+
+    rest = {key: value for key, value in kwargs.items() if key != "closure"}
+    return (args[0], closure_and_then, *args[2:]), rest
+
+
+def maximized(optimizer: Optimizer) -> set[int]:
+    """Ids of the parameters along whose gradient `optimizer` ascends."""
+    return {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 from transformers import TrainerCallback
 
@@ -12,22 +13,34 @@ from .integrations.transformers import AdaLoraCallback
 from .methods.base import Method
 from .report import rank_report
 from .schedule import Schedule
+from .tasks.classification import ClassificationTask
 
 _BYTES = 4  # adapters, their gradients, Adam's moments and the averages are all fp32
+_NAMED = 8  # labels that the plan shows
 
 
 class PlanPrinter(TrainerCallback):
     """Prints the plan once the Trainer knows the number of steps; stands behind `source` in its callbacks."""
 
-    def __init__(self, console: Console, method: Method, source: AdaLoraCallback | None) -> None:
-        self.console, self.method, self.source = console, method, source
+    def __init__(
+        self, console: Console, method: Method, source: AdaLoraCallback | None, task: ClassificationTask
+    ) -> None:
+        self.console, self.method, self.source, self.task = console, method, source, task
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print it."""
         allocator = self.source.allocator if self.source else None
         schedule = allocator.schedule if allocator else None
-        for line in plan_lines(kwargs["model"], self.method, schedule, state.max_steps):
-            self.console.print(f"  {line}")
+        for line in [task_line(self.task), *plan_lines(kwargs["model"], self.method, schedule, state.max_steps)]:
+            self.console.print(f"  {escape(line)}")
+
+
+def task_line(task: ClassificationTask) -> str:
+    """The labels, and how many rows each split has."""
+    shown = ", ".join(task.labels[:_NAMED]) + (", …" if len(task.labels) > _NAMED else "")
+    kind = f"{len(task.labels)} classes ({shown})" if task.labels else "one number"
+    sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in task.splits.items())
+    return f"task       {kind}; {sizes} rows"
 
 
 def plan_lines(model: nn.Module, method: Method, schedule: Schedule | None, steps: int) -> list[str]:

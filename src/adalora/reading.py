@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,6 +23,8 @@ from .targets import refusal
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# PEFT's training settings, in groups that are valid together or not at all.
+_TRAINING_FIELDS = (("beta1", "beta2"), ("orth_reg_weight",), ("tinit", "tfinal", "deltaT", "total_step"))
 _PARTS = ("lora_A", "lora_E", "lora_B")
 
 
@@ -153,8 +157,11 @@ def _factors(
 
 
 def _config(values: dict[str, Any], own: dict[str, Any], folder: Path) -> AdaLoraConfig:
-    """Our own configuration if the file has it, else what PEFT's says. Training fields are not judged here:
-    an adapter that PEFT stored without a schedule still computes."""
+    """Our own configuration if the file has it, else what PEFT's says.
+
+    What concerns training is taken where it is valid and otherwise left at its default: an adapter that PEFT
+    stored without a schedule still computes.
+    """
     names = ("lora_alpha", "lora_dropout", "init_r", "target_r", "bias", "modules_to_save", "target_modules")
     known = {name: values[name] for name in names if values.get(name) is not None}
     alpha, rank, target = known.get("lora_alpha"), known.get("init_r", 12), known.get("target_r", 8)
@@ -163,9 +170,13 @@ def _config(values: dict[str, Any], own: dict[str, Any], folder: Path) -> AdaLor
     if isinstance(rank, int) and isinstance(target, int):
         known["target_r"] = max(0, min(rank, target))
     try:
-        return AdaLoraConfig.from_dict(own["config"]) if "config" in own else AdaLoraConfig(**known)
+        config = AdaLoraConfig.from_dict(own["config"]) if "config" in own else AdaLoraConfig(**known)
     except ConfigError as error:
         raise AdapterFileError(f"adapter in {str(folder)!r}: {error}") from error
+    for fields in () if "config" in own else _TRAINING_FIELDS:
+        with contextlib.suppress(ConfigError):
+            config = dataclasses.replace(config, **{field: values[field] for field in fields if field in values})
+    return config
 
 
 def _parse(text: str, folder: Path) -> dict[str, Any]:

@@ -19,13 +19,45 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .errors import ConfigError
 
 
+_BOOLEAN = "tag:yaml.org,2002:bool"
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number; PyYAML's own rule wants a dot and a signed exponent."""
+    """YAML in which 1e-3 is a number, only true and false are booleans, and no key occurs twice.
+
+    PyYAML's own rules want a dot and a signed exponent, make False of `no`, and let the last key win.
+    """
+
+    # A copy: the rules are shared by all of PyYAML's loaders.
+    yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if tag != _BOOLEAN]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} occurs twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around strings that `_Loader` would take for numbers."""
+
+
+_Loader.add_implicit_resolver(_BOOLEAN, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+    )
+
+# A key to show where a section is meant.
+_EXAMPLES = {"model": "name_or_path", "data": "train", "method": "name", "training": "learning_rate"}
 
 
 class Section(BaseModel):
@@ -58,6 +90,9 @@ class DataSection(Section):
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
+    kind: Literal["classes", "numbers"] | None = Field(
+        None, description="what labels are; not given, numbers with a point are numbers, all else classes"
+    )
     max_length: int = Field(128, ge=4)
 
 
@@ -70,12 +105,12 @@ class Recipe(Section):
     method: dict[str, Any]
     training: dict[str, Any] = {}
     metric: Literal["accuracy", "macro_f1", "matthews", "pearson", "spearman"] | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)  # the range of numpy's generators
     max_minutes: float | None = Field(None, gt=0)
 
     def dump(self) -> str:
         """YAML that `load_recipe` reads to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
 def load_recipe(source: str, settings: Sequence[str] = (), seed: int | None = None) -> Recipe:
@@ -96,9 +131,11 @@ def load_recipe(source: str, settings: Sequence[str] = (), seed: int | None = No
     if seed is not None:
         values["seed"] = seed
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors())) from error
+    _refuse_unbracketed_lists(recipe.method)
+    return recipe
 
 
 def recipe_names() -> list[str]:
@@ -134,7 +171,9 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {setting!r} must have the form section.key=value, e.g. training.learning_rate=1e-3.")
     for section in sections:
-        inner = values.setdefault(section, {})
+        if values.get(section) is None:  # also a section that is written, but empty
+            values[section] = {}
+        inner = values[section]
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {setting!r}: {section!r} is a value, not a section.")
         values = inner
@@ -144,10 +183,26 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         raise ConfigError(f"--set {setting!r}: the value is not valid YAML ({error}).") from error
 
 
+def _refuse_unbracketed_lists(method: dict[str, Any]) -> None:
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = method.get(key)
+        # A string is a regular expression; names with commas between them were meant as a list.
+        if isinstance(value, str) and re.fullmatch(r"[\w.\- ]+(,[\w.\- ]*)+", value):
+            names = ", ".join(part.strip() for part in value.split(",") if part.strip())
+            raise ConfigError(
+                f"method.{key} is {value!r}, which is one regular expression; for a list write [{names}]."
+            )
+
+
 def _explain(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
+    path, value = ".".join(str(part) for part in error["loc"]), error["input"]
+    if error["type"] == "missing":
+        return f"section {path} is missing" if path in _EXAMPLES else f"{path} is missing"
+    if path in _EXAMPLES and error["type"] in ("model_type", "dict_type"):
+        example = f"{path}.{_EXAMPLES[path]}={value if isinstance(value, str) else '…'}"
+        return f"{path} is {value!r:.80}; it must be a section, e.g. {example}"
     if error["type"] != "extra_forbidden":
-        return f"{path} is {error['input']!r:.80}: {error['msg'].lower()}"
+        return f"{path} is {value!r:.80}: {error['msg'].lower()}"
     section: Any = Recipe
     for part in error["loc"][:-1]:
         section = section.model_fields[part].annotation

@@ -1,13 +1,12 @@
-"""What a run tells while it lasts: a line on the screen, and one JSON line for each record in its folder."""
+"""A run's folder, and what it tells while it lasts: a line on the screen, one JSON line for each record."""
 
 from __future__ import annotations
 
 import json
-import logging
-import signal
-import threading
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,68 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .errors import AdapterFileError, ConfigError
 from .files import write_files
 from .integrations.transformers import AdaLoraCallback
 from .recipe import Recipe
 
-logger = logging.getLogger("adalora")
+_ROOM_FOR_A_BAR = 90  # columns
+_BEGUN, _CLAIM, _FAILED = "recipe.yaml", "checkpoints", "FAILED.txt"
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """`out` for one run alone: a new folder, an empty one, or that of a run that failed, which is replaced.
+
+    What fails before training has begun leaves everything as it was; what fails later leaves the reason in
+    FAILED.txt. Raises ConfigError if `out` is a file, or in use.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    _claim(out)
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):  # the disk may be full, and the error itself is what the user must see
+            if (out / _BEGUN).exists():
+                (out / _FAILED).write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+            else:
+                _empty(out)
+                for folder in made:
+                    folder.rmdir()
+        raise
+
+
+def _claim(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            (out / _FAILED).unlink()  # only one of two runs succeeds here
+            _empty(out)
+        if any(out.iterdir()):
+            raise ConfigError(f"the output folder {str(out)!r} is not empty; choose another with --out, or remove it.")
+        (out / _CLAIM).mkdir()  # and here, where the folder was empty
+    except (FileExistsError, NotADirectoryError) as error:
+        state = "taken by another run" if out.is_dir() else "a file, or within one"
+        raise ConfigError(f"the output folder {str(out)!r} is {state}; choose another with --out.") from error
+    except OSError as error:
+        raise AdapterFileError(
+            f"cannot make the output folder {str(out)!r}: {error.strerror}; choose another with --out."
+        ) from error
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 class RunRecorder(TrainerCallback):
     """Appends every log of the Trainer to metrics.jsonl and every allocation to ranks.jsonl.
 
-    Stands behind `source`, whose allocator exists once training has begun, in the list of callbacks. The
-    folder is made then, with the recipe in it: what is wrong with a schedule has shown itself before.
+    Stands last in the list of callbacks: behind `source`, whose allocator exists once training has begun, and
+    behind whatever may end it. The recipe is written then: what is wrong with a schedule has shown itself before.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, source: AdaLoraCallback | None) -> None:
@@ -35,11 +84,16 @@ class RunRecorder(TrainerCallback):
         self.live: list[tuple[int, int]] = []  # (step, live triplets) after each allocation
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the folder, and listen to the allocator."""
+        """Write the recipe, and listen to the allocator."""
         text = self.recipe.dump()
-        write_files(self.folder, {"recipe.yaml": lambda path: path.write_text(text, encoding="utf-8")})
+        write_files(self.folder, {_BEGUN: lambda path: path.write_text(text, encoding="utf-8")})
         if self.source is not None and self.source.allocator is not None:
             self.source.allocator.on_allocate.append(self._on_allocate)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have the last step logged, wherever it falls between two logs."""
+        if control.should_training_stop or state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One line for each log."""
@@ -61,12 +115,13 @@ class ProgressLine(TrainerCallback):
     def __init__(self, console: Console, source: AdaLoraCallback | None, label: str) -> None:
         self.console, self.source, self.label = console, source, label
         self.text, self.started, self.shown = "", 0.0, 0.0
-        columns = (
+        columns = [
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} {task.fields[text]}"),
+            *([BarColumn(bar_width=24)] if console.width >= _ROOM_FOR_A_BAR else []),
+            TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(),
-        )
+            TextColumn("left  {task.fields[text]}"),
+        ]
         self.bar = Progress(*columns, console=console, transient=True)
         self.task = self.bar.add_task(label, total=None, text="")
 
@@ -119,47 +174,6 @@ class ProgressLine(TrainerCallback):
             return self.text
         whole = allocator.schedule.target_budget
         return f"{self.text}  {allocator.phase.value}  budget {allocator.budget} → {whole}"
-
-
-class StopGracefully(TrainerCallback):
-    """Ctrl-C or a time limit ends training after the current step, so that the budget is met and all is saved.
-
-    A second Ctrl-C interrupts at once. `reason` says why training stopped, if it did.
-    """
-
-    def __init__(self, max_minutes: float | None) -> None:
-        self.max_seconds = None if max_minutes is None else 60 * max_minutes
-        self.reason: str | None = None
-        self.started = 0.0
-        self._before: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over SIGINT, which only the main thread may."""
-        self.started = time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._on_interrupt)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop if there is a reason."""
-        if self.max_seconds is not None and time.monotonic() - self.started > self.max_seconds:
-            self.reason = self.reason or f"max_minutes={self.max_seconds / 60:g} are over"
-        if self.reason and not control.should_training_stop:
-            logger.warning("%s: training ends after step %d of %d", self.reason, state.global_step, state.max_steps)
-            control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give SIGINT back."""
-        self.restore()
-
-    def restore(self) -> None:
-        """Give SIGINT back; also needed when training ends by an error."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
-
-    def _on_interrupt(self, number: int, frame: Any) -> None:
-        self.reason = "interrupted"
-        self.restore()
 
 
 def _is_score(key: str) -> bool:

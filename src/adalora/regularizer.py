@@ -8,7 +8,7 @@ scale by the number of matrices and in shape by the norm itself, so their weight
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +29,22 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     return penalty(rows, adapter_config(model).orth_reg_form)
 
 
-def add_penalty_gradient_(modules: Iterable[SVDAdapter], form: OrthForm, weight: float | Tensor) -> None:
+def add_penalty_gradient_(
+    modules: Iterable[SVDAdapter], form: OrthForm, weight: float | Tensor, maximized: Collection[int] = ()
+) -> None:
     """Add weight · ∂R to the gradients of every lora_A and lora_B, which must have at least one triplet.
 
-    A parameter that the task left without a gradient gets one: the regularizer is part of its objective.
+    A parameter that the task left without a gradient gets one: the regularizer is part of its objective. A
+    frozen one gets none. Those whose id is in `maximized` get it with the sign that lets R fall too.
     """
     parameters = [p for module in modules for p in (module.lora_A, module.lora_B)]
     rows = [p.detach() if index % 2 == 0 else p.detach().T for index, p in enumerate(parameters)]
     for index, gradient in enumerate(penalty_gradients(rows, form)):
         parameter = parameters[index]
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in maximized:
+            gradient = -gradient
         gradient = (gradient if index % 2 == 0 else gradient.T) * weight
         if parameter.grad is None:
             parameter.grad = gradient.contiguous()

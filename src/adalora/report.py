@@ -9,6 +9,8 @@ from torch import nn
 
 from .injection import adapter_root, named_adapters
 
+_COLUMNS = 100  # that a line of the heat map may take
+
 # 256-colour backgrounds from pale to dark, and the foreground that is readable on each.
 _SHADES = ((255, 16), (194, 16), (157, 16), (114, 16), (71, 16), (29, 231), (23, 231), (22, 231))
 
@@ -65,15 +67,25 @@ class RankReport:
         return "\n".join([*lines, f"{'total':<{width}}  {self.total_rank:>4}  {capacity:>8}  {self.parameters:>10,}"])
 
     def heatmap(self, color: bool = True) -> str:
-        """Kinds down, layers across, the rank in each cell; darker is higher. Without `color`, numbers only."""
+        """Kinds down, layers across, the rank in each cell; darker is higher. Without `color`, numbers only.
+
+        Layers that do not fit into 100 columns go on in a block below.
+        """
         kinds, layers, ranks = self.grid()
         labels, top = short_labels(kinds), max([row.capacity for row in self.rows] + [1])
         width = max([len(label) for label in labels] + [5])
         size = max(4, len(str(top)) + 1)
-        lines = [f"{'layer':>{width}} " + "".join(f"{'–' if layer is None else layer:>{size}}" for layer in layers)]
-        for label, row in zip(labels, ranks, strict=True):
-            lines.append(f"{label:>{width}} " + "".join(_cell(rank, top, size, color) for rank in row))
-        return "\n".join(lines)
+        count = -(-len(layers) // max(1, (_COLUMNS - width - 1) // size)) or 1  # blocks
+        step = -(-len(layers) // count) or 1  # layers in each
+        blocks = []
+        for start in range(0, max(len(layers), 1), step):
+            part = slice(start, start + step)
+            names = "".join(f"{'–' if layer is None else layer:>{size}}" for layer in layers[part])
+            lines = [f"{'layer':>{width}} {names}"]
+            for label, row in zip(labels, ranks, strict=True):
+                lines.append(f"{label:>{width}} " + "".join(_cell(rank, top, size, color) for rank in row[part]))
+            blocks.append("\n".join(lines))
+        return "\n\n".join(blocks)
 
 
 def rank_report(model: nn.Module) -> RankReport:
@@ -88,9 +100,12 @@ def rank_report(model: nn.Module) -> RankReport:
 
 
 def split_name(name: str) -> tuple[int | None, str]:
-    """The layer index in a module name, its first number, and the name with * in its place."""
+    """The layer index in a module name, its first number, and the name with * in its place.
+
+    A name that is a number and nothing else, as in nn.Sequential, is no layer of anything.
+    """
     found = re.search(r"(?:^|\.)(\d+)(?=\.|$)", name)
-    if not found:
+    if not found or found.group(1) == name:
         return None, name
     return int(found.group(1)), f"{name[: found.start(1)]}*{name[found.end(1) :]}"
 
@@ -101,7 +116,7 @@ def short_labels(kinds: list[str]) -> list[str]:
     labels = []
     for own in parts:
         count = 1
-        while count < len(own) and sum(other[-count:] == own[-count:] for other in parts) > 1:
+        while count < len(own) and (own[-count] == "*" or sum(other[-count:] == own[-count:] for other in parts) > 1):
             count += 1
         labels.append(".".join(own[-count:]).removeprefix("*."))
     return labels

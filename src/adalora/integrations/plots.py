@@ -17,7 +17,7 @@ matplotlib.rcParams["svg.hashsalt"] = "adalora"  # equal inputs give equal files
 def save_heatmap(report: RankReport, path: Path) -> None:
     """Kinds of matrix down, layers across, the rank written in each cell."""
     kinds, layers, ranks = report.grid()
-    figure = Figure(figsize=(1.8 + 0.45 * len(layers), 1.0 + 0.4 * len(kinds)), layout="constrained")
+    figure = Figure(figsize=(max(3.5, 1.8 + 0.45 * len(layers)), 1.0 + 0.4 * len(kinds)), layout="constrained")
     axes = figure.add_subplot()
     top = max([row.capacity for row in report.rows] + [1])
     values = [[float("nan") if rank is None else rank for rank in row] for row in ranks]
@@ -33,16 +33,17 @@ def save_heatmap(report: RankReport, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def save_budget_curve(schedule: Schedule, live: Sequence[tuple[int, int]], path: Path) -> None:
-    """The schedule's budget at each step, and the (step, live triplets) after each allocation."""
+def save_budget_curve(schedule: Schedule, live: Sequence[tuple[int, int]], reached: int, path: Path) -> None:
+    """The schedule's budget at each of the `reached` steps, and the (step, live triplets) after each allocation."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.add_subplot()
-    steps = range(schedule.total_step)
+    steps = range(min(reached, schedule.total_step))
     axes.plot(steps, [schedule.budget(step) for step in steps], color="tab:green", label="budget")
     if live:
         axes.plot(*zip(*live, strict=True), ".", color="black", markersize=3, label="live after allocation")
     for step in (schedule.tinit, schedule.freeze_step):
-        axes.axvline(step, color="gray", linewidth=0.8, linestyle="--")
+        if step < reached:
+            axes.axvline(step, color="gray", linewidth=0.8, linestyle="--")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("triplets")
     axes.set_ylim(bottom=0)

@@ -103,15 +103,20 @@ class AdaLoraCallback(TrainerCallback):
         allocator = self.allocator
         if allocator is None or allocator.step == 0:
             return
-        outside = sum(int((m.lora_E.view(-1)[~m.lora_keep] != 0).sum()) for m in allocator.modules.values())
-        if outside and allocator.frozen:
+        frozen, before = allocator.frozen, acting_triplets(allocator)
+        allocator.finalize()
+        if frozen and before > acting_triplets(allocator):
             logger.warning(
                 "the model loaded at the end is from before the budget was met: %d triplets outside the final "
                 "pattern were cut; let load_best_model_at_end choose among checkpoints of the final phase",
-                outside,
+                before - acting_triplets(allocator),
             )
-        allocator.finalize()
         logger.info("budget %d / %d reached", allocator.live, allocator.schedule.target_budget)
+
+
+def acting_triplets(allocator: RankAllocator) -> int:
+    """Triplets whose Λ is not zero."""
+    return sum(int(module.lora_E.count_nonzero()) for module in allocator.modules.values())
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Lora:
 
     `parameters` fixes the size instead of r: the largest uniform rank that it allows, and what is left over
     as one more rank for single modules, spread over the depth. The scale stays lora_alpha / r for all.
+    Raises ConfigError for an option that does not exist or cannot be meant.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -41,6 +43,7 @@ class Lora:
             if key not in _DEFAULTS:
                 raise ConfigError(f"method lora has no option {key!r}; " + did_you_mean(key, list(_DEFAULTS)))
         self._options = _DEFAULTS | dict(options)
+        _check(self._options)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel."""
@@ -99,6 +102,26 @@ class Lora:
                 ranks[name] += 1
                 left -= costs[name]
         return ranks
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    alpha, dropout, parameters = (options[key] for key in ("lora_alpha", "lora_dropout", "parameters"))
+    if not _is_count(options["r"]):
+        raise ConfigError(f"r is {options['r']!r}; give a whole number of at least 1.")
+    if not (_is_number(alpha) and 0 < alpha < math.inf):
+        raise ConfigError(f"lora_alpha is {alpha!r}; give a number above 0.")
+    if not (_is_number(dropout) and 0 <= dropout < 1):
+        raise ConfigError(f"lora_dropout is {dropout!r}; give a number from 0 to below 1.")
+    if not (parameters is None or _is_count(parameters)):
+        raise ConfigError(f"parameters is {parameters!r}; give a whole number of at least 1, or leave it out for r.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

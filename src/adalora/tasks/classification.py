@@ -8,20 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Dataset, DatasetDict
 from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-)
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..recipe import DataSection, Recipe
 from .data import load_splits
+from .labels import encode_labels, label_names, read_labels
+from .pretrained import load_classifier, load_tokenizer, require_known_tokens
+
+SHOWN = 8  # names of classes in a description
 
 
 @dataclass
@@ -32,6 +31,13 @@ class ClassificationTask:
     labels: list[str]
     tokenizer: PreTrainedTokenizerBase
     metric: str
+    max_length: int
+
+    def describe(self) -> str:
+        """In words, e.g. `2 classes (animal, plant); 64 train, 16 validation rows`."""
+        names = ", ".join(self.labels[:SHOWN]) + (", …" if len(self.labels) > SHOWN else "")
+        what = f"{len(self.labels)} classes ({names})" if self.labels else "regression"
+        return f"{what}; {', '.join(f'{len(rows):,} {split}' for split, rows in self.splits.items())} rows"
 
     @property
     def collator(self) -> DataCollatorWithPadding:
@@ -39,12 +45,15 @@ class ClassificationTask:
         return DataCollatorWithPadding(self.tokenizer)
 
     def build_model(self, path: str, recipe: Recipe) -> nn.Module:
-        """The pre-trained model with a head for these labels; the head's start depends on the global seed."""
+        """The pre-trained model with a head for these labels; the head's start depends on the global seed.
+
+        Raises ConfigError for a checkpoint that lacks weights, and for texts longer than the model can take.
+        """
         names = self.labels or ["score"]
-        return _pretrained(
-            AutoModelForSequenceClassification,
+        return load_classifier(
             path,
             recipe,
+            self.tokenizer,
             num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
@@ -54,6 +63,8 @@ class ClassificationTask:
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """All metrics of the task from an EvalPrediction."""
         scores, truth = prediction.predictions, prediction.label_ids
+        if isinstance(scores, tuple):  # BART and T5 also give hidden states
+            scores = scores[0]
         if not self.labels:
             guess = scores.reshape(-1)
             pearson = float(np.corrcoef(guess, truth)[0, 1])
@@ -68,78 +79,39 @@ class ClassificationTask:
     def predict(self, model: nn.Module, texts: Sequence[str]) -> list[str]:
         """The label of each text, or its score."""
         with torch.no_grad():
-            batch = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+            batch = self.tokenizer(
+                list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            )
             logits = model(**batch.to(next(model.parameters()).device)).logits.float().cpu()
         return [self.labels[i] for i in logits.argmax(-1)] if self.labels else [f"{x:.3f}" for x in logits.view(-1)]
 
 
 def build_task(path: str, recipe: Recipe) -> ClassificationTask:
-    """Load and tokenize the recipe's data for the model at `path`. Raises DataError."""
-    splits = load_splits(recipe.data, recipe.seed)
-    labels = _label_names(splits["train"], recipe.data.label)
+    """Load and tokenize the recipe's data for the model at `path`. Raises DataError, or ConfigError for the model."""
+    data = recipe.data
+    splits = load_splits(data, recipe.seed)
+    # Rows that were held out belong to the training set: they may have the only row of a class.
+    seen = ["train"] if data.validation else ["train", "validation"]
+    values = [value for split in seen for value in read_labels(split, splits[split], data.label)]
+    labels = label_names(values, data, splits["train"].features[data.label])
     metric = recipe.metric or ("accuracy" if labels else "pearson")
     known = ("accuracy", "macro_f1", "matthews") if labels else ("pearson", "spearman")
     if metric not in known:
         kind = f"classes ({len(labels)})" if labels else "numbers"
-        raise DataError(
-            f"metric is {metric!r}, but column {recipe.data.label!r} holds {kind}; use {' or '.join(known)}."
-        )
-    tokenizer = _pretrained(AutoTokenizer, path, recipe)
-    tokenized = DatasetDict({k: _tokenize(k, rows, recipe.data, labels, tokenizer) for k, rows in splits.items()})
-    return ClassificationTask(tokenized, labels, tokenizer, metric)
+        raise DataError(f"metric is {metric!r}, but column {data.label!r} holds {kind}; use {' or '.join(known)}.")
+    encoded = {split: encode_labels(split, rows, data, labels) for split, rows in splits.items()}
+    tokenizer = load_tokenizer(path, recipe)
+    tokenized = {split: _tokenize(rows, data, tokenizer) for split, rows in splits.items()}
+    require_known_tokens(tokenized["train"], tokenizer, recipe.model.name_or_path)
+    whole = DatasetDict({split: rows.add_column("labels", encoded[split]) for split, rows in tokenized.items()})
+    return ClassificationTask(whole, labels, tokenizer, metric, data.max_length)
 
 
-def _pretrained(auto: Any, path: str, recipe: Recipe, **options: Any) -> Any:
-    section = recipe.model
-    try:
-        return auto.from_pretrained(
-            path, revision=section.revision, trust_remote_code=section.trust_remote_code, **options
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"model.name_or_path is {section.name_or_path!r}, which {auto.__name__} cannot load: {error} Give the "
-            "folder or the hub name of a pre-trained base model."
-        ) from error
-
-
-def _label_names(rows: Dataset, column: str) -> list[str]:
-    feature = rows.features[column]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    values = set(rows[column])
-    if None in values:
-        raise DataError(f"column {column!r} has rows without a label.")
-    if any(isinstance(value, float) for value in values):
-        return []
-    if len(values) < 2:
-        raise DataError(f"column {column!r} holds only {values!r}; classification needs at least two labels.")
-    return [str(value) for value in sorted(values)]
-
-
-def _tokenize(
-    split: str, rows: Dataset, data: DataSection, labels: list[str], tokenizer: PreTrainedTokenizerBase
-) -> Dataset:
-    index = {name: number for number, name in enumerate(labels)}
-    named = isinstance(rows.features[data.label], ClassLabel)
-
+def _tokenize(rows: Dataset, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         pair = [batch[data.text_pair]] if data.text_pair else []
         encoded: dict[str, Any] = dict(tokenizer(batch[data.text], *pair, truncation=True, max_length=data.max_length))
-        encoded["labels"] = [_label(value, index, named, split, data.label) for value in batch[data.label]]
         encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
         return encoded
 
-    for column in (data.text, data.text_pair):
-        if column and not all(isinstance(text, str) for text in rows[column]):
-            raise DataError(f"data.{split}: column {column!r} must hold text in every row.")
     return rows.map(encode, batched=True, remove_columns=rows.column_names, desc=None)
-
-
-def _label(value: Any, index: dict[str, int], named: bool, split: str, column: str) -> float | int:
-    if not index:
-        return float(value)
-    if named:
-        return int(value)
-    if str(value) not in index:
-        raise DataError(f"data.{split}: label {value!r} in column {column!r} does not occur in the training set.")
-    return index[str(value)]

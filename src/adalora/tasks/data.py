@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..errors import DataError
 from ..recipe import DataSection
+from .foreign import one_line, silenced
+from .labels import read_labels
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+# Only an empty cell is missing: pandas would also take None, NA and null for that, which are words.
+_CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+# A quote in a TSV file is a character of the text; read as in CSV, an odd one would swallow rows.
+_TSV = _CSV | {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+_OPTIONS = {".csv": _CSV, ".tsv": _TSV}
 
 HELD_OUT = 0.1  # of the training set, where a recipe has no validation set
 
@@ -22,11 +32,14 @@ def load_splits(data: DataSection, seed: int) -> DatasetDict:
     for name, rows in splits.items():
         if not len(rows):
             raise DataError(f"data.{name} ({wanted[name]!r}) has no rows.")
+        require_columns(rows, [c for c in (data.text, data.text_pair, data.label) if c], f"data.{name}")
+        require_texts(rows, [c for c in (data.text, data.text_pair) if c], f"data.{name}")
+        read_labels(name, rows, data.label)  # here, where the numbers of rows are still those of the file
     if "validation" not in splits:
+        if len(splits["train"]) < 2:
+            raise DataError("data.train has 1 row, of which none can be held out; give more rows, or data.validation.")
         parts = splits["train"].train_test_split(test_size=HELD_OUT, seed=seed)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
-    for name, rows in splits.items():
-        require_columns(rows, [c for c in (data.text, data.text_pair, data.label) if c], f"data.{name}")
     return splits
 
 
@@ -40,6 +53,23 @@ def require_columns(rows: Dataset, columns: list[str], where: str) -> None:
         )
 
 
+def require_texts(rows: Dataset, columns: list[str], where: str) -> None:
+    """Raise DataError unless all `columns` hold texts, of which at least one in each row is not blank."""
+    for column in columns:
+        bad = [i for i, text in enumerate(rows[column]) if not isinstance(text, str)]
+        if bad:
+            raise DataError(
+                f"{where}: column {column!r} must hold text in every row; {len(bad)} of {len(rows)} rows do not, the "
+                f"first is row {bad[0]} ({rows[bad[0]][column]!r:.60}). Remove these rows, or choose another column."
+            )
+    blank = [i for i, texts in enumerate(zip(*(rows[c] for c in columns), strict=True)) if not "".join(texts).strip()]
+    if blank:
+        raise DataError(
+            f"{where}: column {columns[0]!r} is empty in {len(blank)} of {len(rows)} rows, the first is row "
+            f"{blank[0]}. Remove these rows."
+        )
+
+
 def _from_file(split: str, file: str) -> Dataset:
     path = Path(file)
     if not path.is_file():
@@ -49,25 +79,29 @@ def _from_file(split: str, file: str) -> Dataset:
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in _FORMATS:
         raise DataError(f"data.{split} is {file!r}; readable are {', '.join(_FORMATS)}, also with .gz behind.")
-    options = {"delimiter": "\t"} if suffix == ".tsv" else {}
     try:
-        return load_dataset(_FORMATS[suffix], data_files=str(path), split="train", **options)
+        with silenced("datasets"):
+            return load_dataset(_FORMATS[suffix], data_files=str(path), split="train", **_OPTIONS.get(suffix, {}))
     except StopIteration as error:  # what `datasets` makes of an empty file
         raise DataError(f"data.{split}: {file!r} has no rows.") from error
     except (DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
+        cause = one_line(error.__cause__ or error)
         raise DataError(f"data.{split}: {file!r} cannot be read as {_FORMATS[suffix]}: {cause}") from error
 
 
 def _from_hub(data: DataSection, wanted: dict[str, str]) -> DatasetDict:
+    name = str(data.name)
+    if name.startswith(("/", ".", "~")) and not Path(name).exists():
+        raise DataError(f"data.name is {name!r}, and there is no such folder. Give files with data.train instead.")
     try:
-        available = load_dataset(data.name, data.config)
+        with silenced("datasets", "huggingface_hub"):
+            available = load_dataset(name, data.config)
     except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
         raise DataError(
-            f"data.name is {data.name!r} (config {data.config!r}), which cannot be loaded: {error} Without access to "
-            "the hub, leave data.name out and give files."
+            f"data.name is {name!r} (config {data.config!r}), which cannot be loaded: {one_line(error)} Without access "
+            "to the hub, leave data.name out and give files."
         ) from error
     for key, split in wanted.items():
         if split not in available:
-            raise DataError(f"data.{key} is {split!r}; the splits of {data.name!r} are {', '.join(available)}.")
+            raise DataError(f"data.{key} is {split!r}; the splits of {name!r} are {', '.join(available)}.")
     return DatasetDict({key: available[split] for key, split in wanted.items()})
