@@ -934,7 +934,7 @@ def test_an_ascending_optimizer_lowers_the_regularizer_too() -> None:
     for maximize in (False, True):
         torch.manual_seed(0)
         model = adapted(total_step=None)
-        optimizer = torch.optim.SGD(adalora.adapter_parameters(model), lr=0.05, maximize=maximize)
+        optimizer = torch.optim.SGD(adalora.adapter_parameters(model), lr=2.0, maximize=maximize)
         adalora.RankAllocator(model, total_step=60).attach(optimizer)
         for _ in range(60):
             (sum(p.sum() for p in adalora.adapter_parameters(model)) * 0.0).backward()

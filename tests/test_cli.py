@@ -1,13 +1,18 @@
 """The command line as a process sees it: exit codes, one clear line for a mistake, no torch for --help."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import adalora
 from adalora import cli
+from adalora.recipe import recipe_names
 from folders import rows, save_bert, write
 
 
@@ -27,7 +32,7 @@ def test_help_lists_the_commands_and_imports_no_torch() -> None:
 def test_a_core_install_says_what_the_command_line_needs() -> None:
     code = "import sys; sys.modules['typer'] = None; from adalora.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert done.stderr.strip() == "adalora: the command line needs 'typer': pip install \"adalora[hf]\""
 
 
@@ -41,6 +46,10 @@ def test_a_core_install_says_what_the_command_line_needs() -> None:
         (["train"], "Missing argument"),
         (["tarin"], "No such command"),
         (["train", "text-classification", "--seed", "x"], "as an integer"),
+        (["demo", "--digits", "--set", "seed=1"], "leave out --set and --out"),
+        (["demo", "--digits", "--out", "x"], "leave out --set and --out"),
+        (["demo", "--set", "training.learning_rat=1"], "learning_rate"),
+        (["demo", "--set", "method.init_r=8"], "method lora has no option 'init_r'"),
     ],
 )
 def test_a_mistake_is_one_message_with_exit_code_2(
@@ -67,10 +76,41 @@ def test_a_demo_never_replaces_a_folder_that_is_no_demo(
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_demo_into_a_file_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("keep")
+    for out in (tmp_path / "file", tmp_path / "file" / "within"):
+        assert call(monkeypatch, "demo", "--out", str(out)) == 2
+        assert "is a file, or within one" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "file").read_text() == "keep"
+
+
+def test_version_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"adalora {adalora.__version__}\n"
+
+
+def test_recipes_are_listed_with_what_they_are_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "recipes") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names()
+    assert all(len(line.split()) > 5 and "#" not in line for line in lines)
+
+
+def test_help_of_train_shows_an_example_and_the_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "train", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "adalora train text-classification --set" in text and "Exit codes: 0 done" in text
+
+
 def test_runs_get_the_next_free_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.free_folder("a") == Path("runs/a")
-    (tmp_path / "runs" / "a").mkdir(parents=True)
+    assert cli.free_folder("a") == Path("runs/a") and Path("runs/a").is_dir()
     (tmp_path / "runs" / "a-2").mkdir()
     assert cli.free_folder("a") == Path("runs/a-3")
 
@@ -90,32 +130,51 @@ def test_train_ends_with_scores_heat_map_and_folder(
     assert "seed: 5" in (out / "recipe.yaml").read_text()
 
 
-@pytest.mark.slow
-def test_ctrl_c_in_a_real_process_saves_and_exits_130(tmp_path: Path) -> None:
-    import signal
-
+def started(tmp_path: Path, *more: str, **options: Any) -> subprocess.Popen[str]:
     save_bert(tmp_path / "bert")
     train = write(tmp_path / "train.jsonl", rows(64))
-    files = [f"model.name_or_path={tmp_path / 'bert'}", f"data.train={train}", f"data.validation={train}"]
-    settings = [item for setting in (*files, "training.num_train_epochs=5000") for item in ("--set", setting)]
-    command = [
-        sys.executable,
-        "-m",
-        "adalora",
-        "train",
-        "text-classification",
-        *settings,
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    files = [f"model.name_or_path={tmp_path / 'bert'}", f"data.train={train}", f"data.validation={train}", *more]
+    settings = [item for setting in files for item in ("--set", setting)]
+    command = [sys.executable, "-m", "adalora", "train", "text-classification", *settings, "--out", "out"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=tmp_path, **(pipes | options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_a_real_process_saves_and_exits_as_the_shell_expects(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    process = started(tmp_path, "training.num_train_epochs=5000")
     records = tmp_path / "out" / "metrics.jsonl"
     for _ in range(1200):
         if records.exists() and records.read_text().count("\n") >= 2:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == code, errors
     assert "the budget was enforced at once" in " ".join(errors.split())
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_early_does_not_cost_the_adapter(tmp_path: Path) -> None:
+    process = started(tmp_path, "training.max_steps=3")
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 0, errors
+    assert "Error" not in errors
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "out" / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_locale_without_the_characters_of_a_label_loses_no_run(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    process = started(tmp_path, "training.max_steps=3", env=environment)
+    screen, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "96 ? 48" in screen  # the arrow

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from torch import nn
 
 from adalora import inject, rank_report
 from adalora.errors import InjectionError
 from adalora.injection import named_adapters
+from adalora.integrations.plots import save_budget_curve, save_heatmap
 from adalora.report import ModuleRank, RankReport, short_labels, split_name
+from adalora.schedule import Schedule
 from tiny import adapted, bert, gpt2, net, pair
 
 
@@ -101,7 +107,8 @@ def test_labels_of_an_encoder_and_a_decoder_differ() -> None:
     [
         ("encoder.layer.11.query", 11, "encoder.layer.*.query"),
         ("h.0.mlp.experts.3.up", 0, "h.*.mlp.experts.3.up"),
-        ("3", 3, "*"),
+        ("3", None, "3"),
+        ("3.up", 3, "*.up"),
         ("layer1.conv2", None, "layer1.conv2"),
         ("head", None, "head"),
         ("blocks.2", 2, "blocks.*"),
@@ -116,6 +123,7 @@ def test_labels_of_kinds_that_end_alike_are_as_long_as_needed_and_no_longer() ->
     assert short_labels(["q", "b.q"]) == ["q", "b.q"]
     assert short_labels(["x.*.fc", "y.*.fc"]) == ["x.*.fc", "y.*.fc"]
     assert short_labels(["*.fc", "layer.*.up"]) == ["fc", "up"]
+    assert short_labels(["blocks.*", "head"]) == ["blocks.*", "head"]
     assert short_labels([]) == []
 
 
@@ -161,6 +169,47 @@ def test_many_layers_and_wide_ranks_stay_apart() -> None:
     lines = RankReport(rows, 3).heatmap(color=False).splitlines()
     assert [line.split() for line in lines] == [["layer", "2", "10", "120"], ["q", "1002", "1010", "1120"]]
     assert RankReport(rows, 3).grid()[1] == [2, 10, 120]
+
+
+@given(layers=st.integers(1, 130), rank=st.sampled_from([1, 12, 1500]), label=st.integers(1, 40))
+def test_every_layer_is_in_one_block_and_no_line_exceeds_100_columns(layers: int, rank: int, label: int) -> None:
+    rows = tuple(ModuleRank(f"l.{i}.{'q' * label}", i, f"l.*.{'q' * label}", rank, rank, 1) for i in range(layers))
+    blocks = RankReport(rows, 3).heatmap(color=False).split("\n\n")
+    assert max(len(line) for block in blocks for line in block.splitlines()) <= 100
+    heads, values = zip(*(block.splitlines() for block in blocks), strict=True)
+    assert [int(word) for head in heads for word in head.split()[1:]] == list(range(layers))
+    assert [word for line in values for word in line.split()[1:]] == [str(rank)] * layers
+    assert layers > 10 or len(blocks) == 1
+
+
+def test_modules_that_are_named_by_a_number_alone_keep_their_own_rows() -> None:
+    model = inject(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    assert rank_report(model).grid()[:2] == (["0", "2"], [None])
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_the_picture_is_wide_enough_for_its_title(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[tuple[float, float]] = []
+    save = Figure.savefig
+
+    def measured(self: Figure, *args: Any, **kwargs: Any) -> None:
+        save(self, *args, **kwargs)
+        box = self.axes[0].title.get_window_extent()
+        titles.append((box.x0, self.bbox.width - box.x1))
+
+    monkeypatch.setattr(Figure, "savefig", measured)
+    rows = tuple(ModuleRank(f"l.{i}.q", i, "l.*.q", 4, 4, 1) for i in range(count))
+    save_heatmap(RankReport(rows, 3), tmp_path / "ranks.png")
+    assert min(titles[0]) >= 0
+
+
+def test_the_budget_curve_ends_at_the_last_step_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    save_budget_curve(Schedule(96, 48, 10, 38, 1, 96), [(11, 95), (20, 70)], 21, tmp_path / "budget.png")
+    budget, live, *phases = figures[0].axes[0].lines
+    assert list(budget.get_xdata()) == list(range(21)) and list(live.get_xdata()) == [11, 20]
+    assert [line.get_xdata()[0] for line in phases] == [10]
 
 
 def test_a_wrapped_model_gives_the_same_report() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import logging
 import os
@@ -44,9 +45,7 @@ _TRAIN_EPILOG = (
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
-
-        typer.echo(f"adalora {__version__}")
+        typer.echo(f"adalora {importlib.metadata.version('adalora')}")
         raise typer.Exit
 
 
