@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import bert
 
 import adalora
 from adalora.averages import SENSITIVITY
+from tiny import bert
 
 pytestmark = pytest.mark.gpu
 
