@@ -10,24 +10,22 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 ANIMALS, PLANTS = ("cat", "dog", "cow", "hen"), ("oak", "elm", "fir", "ash")
 FILLERS = ("the", "a", "old", "small", "green", "near", "with", "and")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
+VOCABULARY = (*_SPECIAL, *ANIMALS, *PLANTS, *FILLERS)
+
+
 def save_bert(folder: Path) -> Path:
     """A two-layer BERT with a tokenizer that knows every word of `rows`."""
-    vocabulary = {word: index for index, word in enumerate((*_SPECIAL, *ANIMALS, *PLANTS, *FILLERS))}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
+    save_tokenizer(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(VOCABULARY),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -36,6 +34,22 @@ def save_bert(folder: Path) -> Path:
         initializer_range=0.15,  # else attention is uniform, and no query matters
     )
     BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path, words: tuple[str, ...] = VOCABULARY, **special: str) -> None:
+    """One that splits at blanks. `special` are special tokens, by default BERT's."""
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = special or {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def save_other(folder: Path, model: type[PreTrainedModel], config: PreTrainedConfig, **special: str) -> Path:
+    """Another architecture, with random weights and the words of `save_bert`."""
+    save_tokenizer(folder, **special)
+    torch.manual_seed(0)
+    model(config).save_pretrained(folder)
     return folder
 
 

@@ -74,8 +74,8 @@ def test_a_hub_data_set_is_loaded_by_name_and_its_splits_are_checked(
         ("data.text=sentence", "no column 'sentence'; its columns are text, label, pair, score"),
         ("data.text_pair=other", "no column 'other'"),
         ("metric=pearson", "use accuracy or macro_f1 or matthews"),
-        ("data.text=score", "must hold text"),
-        ("data.validation=odd.jsonl", "label 'stone'"),
+        ("data.text=score", "column 'score' must hold text in every row; 40 of 40 rows do not, the first is row 0"),
+        ("data.validation=odd.jsonl", r"label 'stone' in column 'label' \(row 0; 1 of 1 rows\) does not occur"),
         ("data.train=empty.jsonl", "data.train"),
         ("data.train=broken.jsonl", "cannot be read as json"),
         ("data.train=one.jsonl", "at least two labels"),
@@ -92,6 +92,116 @@ def test_a_wrong_file_or_column_is_one_clear_error(folder: Path, setting: str, m
         setting = f"{key}={folder / value}"
     with pytest.raises(DataError, match=message):
         build_task(str(folder), recipe(folder, setting))
+
+
+LABELLED = [{"text": "cat", "label": "animal"}, {"text": "oak", "label": "plant"}] * 2
+
+
+@pytest.mark.parametrize(
+    "split,items,settings,message",
+    [
+        (
+            "train",
+            [{"text": "cat", "label": ["a"]}],
+            [],
+            r"label \['a'\] .* \(row 0; 1 of 1 rows\) is a list",
+        ),
+        ("train", [*LABELLED, {"text": "fir", "label": 1}], [], "mixes .* 'animal' in row 0, 1 in row 4"),
+        (
+            "train",
+            [*LABELLED, {"text": "fir", "label": None}],
+            [],
+            "is missing .* in 1 of 5 rows, first in row 4",
+        ),
+        ("validation", [*LABELLED, {"text": "fir", "label": None}], [], "data.validation: the label is missing"),
+        ("test", [{"text": "fir", "label": None}], [], "data.test: the label is missing .* or leave data.test out"),
+        ("train", [{"text": "cat", "label": "animal"}], ["data.validation=null"], "data.train has 1 row"),
+        ("train", [*LABELLED, {"text": None, "label": "plant"}], [], "must hold text .* 1 of 5 rows .* row 4"),
+        ("train", [*LABELLED, {"text": " ", "label": "plant"}] * 2, [], "'text' is empty in 2 of 10 rows, .* is row 4"),
+        ("train", LABELLED, ["data.kind=numbers"], r"label 'animal' .* \(row 0; 4 of 4 rows\) is no finite number"),
+        ("validation", [{"text": "a", "score": "high"}], ["data.label=score"], "label 'high' .* is no finite number"),
+        ("validation", [{"text": "a", "score": None}], ["data.label=score"], "data.validation: the label is missing"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_counted_and_the_first_is_named(
+    folder: Path, split: str, items: list[dict[str, object]], settings: list[str], message: str
+) -> None:
+    file = write(folder / "bad.jsonl", items)
+    with pytest.raises(DataError, match=message):
+        build_task(str(folder), recipe(folder, f"data.{split}={file}", *settings))
+
+
+def test_a_hub_split_without_labels_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    served = [Dataset.from_dict({"text": ["cat", "oak"], "label": labels}, features) for labels in ([1, 0], [-1, -1])]
+    splits = DatasetDict(train=served[0], validation=served[0], test=served[1])
+    monkeypatch.setattr(data_module, "load_dataset", lambda *_: splits)
+    hub = recipe(folder, "data.name=owner/set", "data.train=train", "data.validation=validation", "data.test=test")
+    with pytest.raises(DataError, match=r"data\.test: the label is missing .* in 2 of 2 rows, first in row 0"):
+        build_task(str(folder), hub)
+
+
+@pytest.mark.parametrize(
+    "values,kind,labels,encoded",
+    [
+        ([True, False], None, ["False", "True"], [1, 0]),
+        ([3, 1], None, ["1", "3"], [1, 0]),
+        ([3, 1], "numbers", [], [3.0, 1.0]),
+        ([3.0, 1.0], None, [], [3.0, 1.0]),
+        ([3.0, 1.0], "classes", ["1", "3"], [1, 0]),
+        ([2.5, 1.0], "classes", ["1", "2.5"], [1, 0]),
+        (["b", "a"], None, ["a", "b"], [1, 0]),
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_labels_are_classes_or_numbers_as_the_recipe_says(
+    folder: Path, ending: str, values: list[object], kind: str | None, labels: list[str], encoded: list[float]
+) -> None:
+    file = write(folder / f"kind.{ending}", [{"text": "cat", "label": value} for value in values])
+    both = [f"data.train={file}", f"data.validation={file}"]
+    task = build_task(str(folder), recipe(folder, *both, f"data.kind={kind or 'null'}"))
+    assert task.labels == labels
+    assert task.splits["validation"]["labels"][:] == encoded
+
+
+def test_a_class_whose_only_row_is_held_out_is_known(folder: Path) -> None:
+    file = write(folder / "rare.jsonl", [*LABELLED * 4, {"text": "hen", "label": "bird"}])
+    named = [
+        build_task(str(folder), recipe(folder, f"data.train={file}", "data.validation=null", f"seed={seed}")).labels
+        for seed in range(9)
+    ]
+    assert named == [["animal", "bird", "plant"]] * 9
+
+
+def test_a_task_describes_itself(folder: Path) -> None:
+    assert build_task(str(folder), recipe(folder)).describe() == (
+        "2 classes (animal, plant); 40 train, 10 validation rows"
+    )
+    task = build_task(str(folder), recipe(folder, "data.label=score"))
+    assert task.describe() == "regression; 40 train, 10 validation rows"
+
+
+def test_a_quote_in_tsv_and_words_for_nothing_are_text(folder: Path) -> None:
+    texts = ['the "old cat', "None", "NA", "null", 'oak"', "nan"]
+    lines = [f"{text}\t{index % 2}" for index, text in enumerate(texts)]
+    (folder / "quotes.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    rows = load_splits(recipe(folder, f"data.train={folder / 'quotes.tsv'}").data, seed=0)["train"]
+    assert rows["text"][:] == texts
+    assert rows["label"][:] == [0, 1] * 3
+    (folder / "words.csv").write_text("text,label\ncat,None\noak,NA\nfir,\n")
+    with pytest.raises(DataError, match=r"in 1 of 3 rows, first in row 2"):
+        load_splits(recipe(folder, f"data.train={folder / 'words.csv'}").data, seed=0)
+
+
+def test_a_mistake_is_told_once_and_in_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "ragged.csv").write_text("text,label\na,b\na,b,c\n")
+    with pytest.raises(DataError, match="cannot be read as csv") as caught:
+        build_task(str(folder), recipe(folder, f"data.train={folder / 'ragged.csv'}"))
+    assert "\n" not in str(caught.value)
+    assert caplog.records == []
+    for name in ("/no/such/set", "./set"):
+        with pytest.raises(DataError, match="there is no such folder"):
+            load_splits(recipe(folder, f"data.name={name}").data, seed=0)
 
 
 def test_labels_are_sorted_names_and_rows_are_cut_to_length(folder: Path) -> None:
@@ -113,6 +223,12 @@ def test_metrics_equal_hand_counted_numbers(folder: Path) -> None:
     assert scores["accuracy"] == 0.75
     assert scores["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     assert scores["matthews"] == pytest.approx((2 * 1 - 0 * 1) / np.sqrt(2 * 3 * 1 * 2))
+
+
+def test_metrics_take_the_logits_of_an_encoder_and_decoder(folder: Path) -> None:
+    task = build_task(str(folder), recipe(folder))
+    outputs = (np.array([[1.0, 0], [0, 1]]), np.zeros((2, 5, 32)))  # logits, last hidden states
+    assert task.compute_metrics(EvalPrediction(outputs, np.array([0, 1])))["accuracy"] == 1.0
 
 
 def test_numbers_as_labels_make_it_regression(folder: Path) -> None:

@@ -164,7 +164,8 @@ def test_a_reader_that_leaves_early_does_not_cost_the_adapter(tmp_path: Path) ->
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline()
     process.stdout.close()
-    errors = process.stderr.read()
+    with process.stderr:
+        errors = process.stderr.read()
     assert process.wait(timeout=60) == 0, errors
     assert "Error" not in errors
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
@@ -177,4 +178,4 @@ def test_a_locale_without_the_characters_of_a_label_loses_no_run(tmp_path: Path)
     process = started(tmp_path, "training.max_steps=3", env=environment)
     screen, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "96 ? 48" in screen  # the arrow
+    assert "budget 48 ? 48" in screen  # the arrow

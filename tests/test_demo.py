@@ -14,6 +14,17 @@ from adalora.train import RunResult
 pytestmark = pytest.mark.slow
 
 
+def test_a_stopped_demo_ends_with_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adalora import demo
+
+    fixed = BaselineResult(0.5, 0.5, 1.0, 0.0)
+    monkeypatch.setattr(demo, "linear_probe", lambda *_: fixed)
+    monkeypatch.setattr(demo, "bag_of_words", lambda *_: fixed)
+    results = run_demo(tmp_path / "demo", 0, Console(quiet=True), ["max_minutes=1e-9"])
+    assert set(results) == {"linear probe", "bag of words", "AdaLoRA"}
+    assert results["AdaLoRA"].steps == 1 and results["AdaLoRA"].report.total_rank == 144
+
+
 def test_the_demo_trains_both_arms_at_one_size_and_shows_all_it_promises(tmp_path: Path) -> None:
     with (tmp_path / "screen.txt").open("w", encoding="utf-8") as screen:
         console = Console(file=screen, soft_wrap=True, highlight=False, width=100)

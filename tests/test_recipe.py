@@ -86,9 +86,9 @@ def test_a_key_that_occurs_twice_is_refused(file: str, twice: str) -> None:
 
 def test_what_is_missing_is_named(file: str) -> None:
     Path(file).write_text("data: {train: a.jsonl}\nmethod: {name: lora}\n")
-    with pytest.raises(ConfigError, match="section model is missing$"):
+    with pytest.raises(ConfigError, match=r"section model is missing$"):
         load_recipe(file)
-    with pytest.raises(ConfigError, match="model.name_or_path is missing$"):
+    with pytest.raises(ConfigError, match=r"model\.name_or_path is missing$"):
         load_recipe(file, ["model.revision=main"])
 
 

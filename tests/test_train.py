@@ -1,19 +1,29 @@
 """The whole path on a small model from files: what a user gets, and what a user's mistakes get."""
 
+import io
 import json
+import re
 import signal
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoConfig, Trainer
 
 import adalora
-from adalora.errors import AdaLoraError
+from adalora import AdaLoraConfig
+from adalora.errors import AdaLoraError, AdapterFileError, ConfigError, TrainingError
 from adalora.injection import named_adapters
+from adalora.integrations.stopping import StopGracefully
 from adalora.recipe import load_recipe
+from adalora.records import ProgressLine, claimed
 from adalora.train import RunResult, run
 from folders import rows, save_bert, write
 
@@ -65,6 +75,7 @@ def test_the_plan_is_printed_before_the_first_step_and_its_numbers_are_true(
     result, lines = finished
     first = next(index for index, line in enumerate(lines) if "/96" in line and "loss" in line)
     plan = "\n".join(lines[:first])
+    assert "task       2 classes (animal, plant); 64 train, 16 validation rows" in plan
     assert "matrices   12" in plan and "triplets   96 at the start, 48 in the end" in plan
     assert f"parameters {result.count.peak:,} at the start" in plan
     assert "schedule   96 steps: 10 warm-up, 48 reduction with an allocation every 1, 38 final" in plan
@@ -93,7 +104,37 @@ def test_the_folder_holds_what_was_promised(finished: tuple[RunResult, list[str]
     card = (result.folder / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
     assert f"| accuracy | {result.scores['accuracy']:.4f} |" in card
-    assert json.loads((result.folder / "result.json").read_text())["scores"] == result.scores
+    record = json.loads((result.folder / "result.json").read_text())
+    assert record["scores"] == result.scores and record["split"] == "validation"
+    assert record["labels"] == ["animal", "plant"] and record["rows"] == {"train": 64, "validation": 16}
+
+
+@pytest.mark.parametrize("method", ["adalora", "lora"])
+def test_the_program_in_the_card_runs_in_the_folder_and_names_a_label(
+    method: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train(world, tmp_path / "run", *([LORA] if method == "lora" else []), "training.max_steps=3")
+    config = AutoConfig.from_pretrained(result.folder / "adapter")
+    assert config.id2label == {0: "animal", 1: "plant"} and config.label2id == {"animal": 0, "plant": 1}
+    card = (result.folder / "README.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    monkeypatch.chdir(result.folder)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert capsys.readouterr().out.strip() in ("animal", "plant")
+    assert type(names["model"]).__name__.startswith("Peft" if method == "lora" else "Bert")
+
+
+def test_the_card_says_classes_rows_split_steps_and_whether_the_run_was_cut(
+    finished: tuple[RunResult, list[str]], world: Path, tmp_path: Path
+) -> None:
+    card = (finished[0].folder / "README.md").read_text()
+    assert "2 classes: animal, plant." in card and "Rows: 64 train, 16 validation. 96 steps, the whole run." in card
+    assert "| validation set, 16 rows | value |" in card
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])  # a folder of this machine is none on the hub
+    cut = train(world, tmp_path / "cut", "max_minutes=1e-9", "model.hub_id=me/bert").folder / "README.md"
+    assert "1 steps, stopped early: max_minutes=1e-09 are over." in cut.read_text()
+    assert yaml.safe_load(cut.read_text().split("---")[1])["base_model"] == "me/bert"
 
 
 def test_parameters_reported_are_those_in_the_file(finished: tuple[RunResult, list[str]]) -> None:
@@ -102,6 +143,27 @@ def test_parameters_reported_are_those_in_the_file(finished: tuple[RunResult, li
     adapter = sum(value.numel() for key, value in tensors.items() if ".lora_" in key)
     assert result.count.final == adapter
     assert result.count.head == sum(value.numel() for key, value in tensors.items()) - adapter == 32 * 2 + 2
+
+
+def test_the_recipe_in_the_folder_leaves_nothing_open(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    files = ["model.name_or_path=bert", "data.train=train.jsonl", "data.validation=dev.jsonl"]
+    result = train(world, tmp_path / "run", *files, "training.max_steps=2")
+    recipe = yaml.safe_load((result.folder / "recipe.yaml").read_text())
+    assert recipe["model"]["name_or_path"] == str(world / "bert")
+    assert recipe["data"]["train"] == str(world / "train.jsonl")
+    assert recipe["data"]["validation"] == str(world / "dev.jsonl")
+    assert recipe["training"]["per_device_eval_batch_size"] == 128 and recipe["training"]["max_steps"] == 2
+    assert recipe["method"]["name"] == "adalora" and recipe["method"]["beta1"] == 0.85
+    assert set(recipe["method"]) == {"name", *AdaLoraConfig().to_dict()}
+
+
+def test_a_run_shorter_than_the_logging_interval_logs_its_loss(world: Path, tmp_path: Path) -> None:
+    result = train(world, tmp_path / "run", "training.max_steps=3", "training.logging_steps=10")
+    metrics = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics if "loss" in record] == [3]
 
 
 def test_the_resolved_recipe_reruns_to_the_same_adapter(finished: tuple[RunResult, list[str]], tmp_path: Path) -> None:
@@ -138,25 +200,28 @@ def test_a_time_limit_ends_the_run_with_its_budget_met(
     assert "stopped after step 1 of 24, in the warmup phase: the budget was enforced at once (48 of 96" in caplog.text
 
 
-def test_ctrl_c_ends_the_run_with_everything_saved(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number,reason", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_ends_the_run_with_everything_saved(
+    number: signal.Signals, reason: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from adalora import records
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     original = records.ProgressLine.on_step_end
 
     def interrupt(self: object, args: object, state: object, control: object, **kwargs: object) -> None:
         original(self, args, state, control, **kwargs)  # type: ignore[arg-type]
         if state.global_step == 11:  # type: ignore[attr-defined]
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(records.ProgressLine, "on_step_end", interrupt)
     result = train(world, tmp_path / "cut")
-    assert result.steps == 11 and result.stopped == "interrupted"
+    assert result.steps == 11 and result.stopped == reason
     stored = load_file(result.folder / "adapter" / "adapter_model.safetensors")
     assert sum(value.shape[0] for key, value in stored.items() if key.endswith("lora_E")) == 48
-    assert signal.getsignal(signal.SIGINT) is before
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    metrics = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics if "loss" in record] == [2, 4, 6, 8, 10, 11]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +238,18 @@ def test_ctrl_c_ends_the_run_with_everything_saved(
         ("training.learning_rat=1", "'training.learning_rat'"),
         ("training.seed=3", "'training.seed' is set by the run itself"),
         ("training.eval_strategy=sometimes", "in section training"),
+        ("training.max_steps=abc", "'training.max_steps' is 'abc'; it must be a whole number"),
+        ("training.max_steps=1e3", "'training.max_steps' is 1000.0; it must be a whole number"),
+        ("training.learning_rate=-1", "'training.learning_rate' is -1; it must be a number, finite and at least 0"),
+        ("training.learning_rate=.nan", "it must be a number, finite"),
+        ("training.learning_rate=null", "it must be a number"),
+        ("training.per_device_train_batch_size=0", "it must be a whole number, finite and at least 1"),
+        ("training.fp16=maybe", "it must be true or false"),
+        ("training.adam_beta1=2", "in section training: Invalid beta parameter"),
+        ("training.report_to=wandb", "in section training"),
+        ("training.push_to_hub=true", "a run stays on this machine"),
+        ("training.resume_from_checkpoint=x", "a run starts at its first step"),
+        ("training.deepspeed=x.json", "would shard the adapter"),
         ("model.name_or_path=/no/such/model", "/no/such/model"),
         ("model.name_or_path=package:other", "the only packaged model"),
         ("model.name_or_path=WORLD/bare", "cannot load"),
@@ -194,6 +271,85 @@ def test_an_output_folder_in_use_is_left_alone(world: Path, tmp_path: Path) -> N
     with pytest.raises(AdaLoraError, match="is not empty"):
         train(world, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    with pytest.raises(AdaLoraError, match="is a file, or within one"):
+        train(world, tmp_path / "out" / "mine.txt")
+    with pytest.raises(AdaLoraError, match="is a file, or within one"):
+        run(load_recipe("text-classification", settings(world)), tmp_path / "out" / "mine.txt" / "in", Console())
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_one_of_two_runs_gets_a_folder_whether_it_existed_or_not(tmp_path: Path) -> None:
+    for out in (tmp_path / "new" / "deep", tmp_path):
+        with claimed(out):
+            with pytest.raises(ConfigError, match="is not empty"), claimed(out):
+                raise AssertionError
+            assert [path.name for path in out.iterdir()][:1] == ["checkpoints"]
+        for path in (out / "checkpoints", *((tmp_path / "new" / "deep", tmp_path / "new") if out != tmp_path else ())):
+            path.rmdir()
+    results = []
+
+    def compete() -> None:
+        try:
+            with claimed(tmp_path / "wanted"):
+                barrier.wait()
+                results.append("got it")
+        except ConfigError:
+            barrier.wait()
+            results.append("refused")
+
+    barrier = threading.Barrier(8)
+    threads = [threading.Thread(target=compete) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["got it", *["refused"] * 7]
+
+
+def test_a_run_that_fails_before_it_begins_takes_away_what_it_made_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for out in (tmp_path / "mine", tmp_path / "new" / "deep"):
+        with pytest.raises(ZeroDivisionError), claimed(out):
+            (out / "checkpoints" / "file").write_text("")
+            raise ZeroDivisionError
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+FAILURES = {
+    "diverged": (TrainingError("the loss is not finite"), TrainingError, "the loss is not finite"),
+    "disk full": (OSError(28, "No space left on device"), AdapterFileError, "Free space there"),
+    "disk full in safetensors": (SafetensorError("I/O error: (os error 28)"), AdapterFileError, "Free space there"),
+    "disk full in torch.save": (
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+        AdapterFileError,
+        "Free space there",
+    ),
+    "out of memory": (torch.OutOfMemoryError("CUDA out of memory."), TrainingError, "per_device_train_batch_size"),
+    "a bug": (RuntimeError("shapes differ"), RuntimeError, "shapes differ"),
+    "a second Ctrl-C": (KeyboardInterrupt("again"), KeyboardInterrupt, "again"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_run_that_fails_later_says_why_in_its_folder_and_can_be_tried_again(
+    case: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cause, kind, message = FAILURES[case]
+
+    def fail(*_: object, **__: object) -> None:
+        raise cause
+
+    with monkeypatch.context() as patch, pytest.raises(kind, match=message):
+        patch.setattr(Trainer, "_save_checkpoint", fail)
+        train(world, tmp_path / "out", "training.max_steps=2", "training.save_strategy=epoch")
+    reason = (tmp_path / "out" / "FAILED.txt").read_text()
+    assert reason.startswith(f"{kind.__name__}: ") and message in reason
+    assert (tmp_path / "out" / "metrics.jsonl").exists()
+    if case == "disk full":
+        result = train(world, tmp_path / "out", "training.max_steps=2")
+        assert not (result.folder / "FAILED.txt").exists()
+        steps = [json.loads(line)["step"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps.count(2) == len(steps)  # nothing of the failed run
 
 
 def test_checkpoints_on_the_way_hold_adapter_and_head_only(world: Path, tmp_path: Path) -> None:
@@ -220,3 +376,31 @@ def test_a_full_disk_is_one_error_with_the_remedy(world: Path, tmp_path: Path, m
     with pytest.raises(AdaLoraError, match=r"No space left on device.*Free space there"):
         train(world, tmp_path / "full")
     assert not (tmp_path / "full" / "adapter").exists()
+    assert "No space left on device" in (tmp_path / "full" / "FAILED.txt").read_text()
+
+
+@pytest.mark.parametrize("width,bar", [(120, True), (80, False)])
+def test_the_live_line_has_the_time_left_before_the_text_and_a_bar_where_there_is_room(width: int, bar: bool) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, width=width, force_terminal=True, color_system=None)
+    line = ProgressLine(console, None, "adalora")
+    state = SimpleNamespace(global_step=5, max_steps=10, epoch=1.0)
+    line.on_train_begin(None, state, None)
+    line.on_log(None, state, None, {"loss": 0.5, "learning_rate": 1e-3})
+    line.on_step_end(None, state, None)
+    line.bar.refresh()
+    line.close()
+    last = [text for text in screen.getvalue().splitlines() if "loss" in text][-1]
+    assert re.search(r"5/10 +[-\d:]+ left +loss 0\.500  lr 1\.0e-03", last)
+    assert ("━" in last) is bar
+
+
+def test_a_trainer_of_ones_own_stops_by_the_same_callback(world: Path) -> None:
+    stop = StopGracefully()
+    stop.on_train_begin(None, None, None)
+    control = SimpleNamespace(should_training_stop=False)
+    stop.on_step_end(None, SimpleNamespace(global_step=1, max_steps=2), control)
+    assert stop.reason is None and not control.should_training_stop
+    signal.raise_signal(signal.SIGTERM)
+    stop.on_step_end(None, SimpleNamespace(global_step=1, max_steps=2), control)
+    assert stop.reason == "terminated" and control.should_training_stop

@@ -76,8 +76,7 @@ def train(
     with output_folder(out, Path(recipe).stem) as folder:
         result = run(loaded, folder, console)
     print_result(result, console)
-    if result.stopped in _EXIT_CODES:
-        raise typer.Exit(_EXIT_CODES[result.stopped])
+    exit_if_stopped(result.stopped)
 
 
 @app.command()
@@ -100,7 +99,8 @@ def demo(
         return
     from .demo import run_demo
 
-    run_demo(out, seed, console, settings or ())
+    for arm in run_demo(out, seed, console, settings or ()).values():
+        exit_if_stopped(getattr(arm, "stopped", None))
 
 
 @app.command()
@@ -112,6 +112,12 @@ def recipes() -> None:
     for name in names:
         text = (resources.files(__package__) / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
         typer.echo(f"{name:<{max(map(len, names))}}  {text.splitlines()[0].lstrip('# ')}")
+
+
+def exit_if_stopped(reason: str | None) -> None:
+    """Exit as a process does that the same signal ended."""
+    if reason in _EXIT_CODES:
+        raise typer.Exit(_EXIT_CODES[reason])
 
 
 class OutputConsole(Console):

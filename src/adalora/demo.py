@@ -53,6 +53,8 @@ def run_demo(out: Path, seed: int, console: Console, settings: Sequence[str] = (
     settings = [f"data.train={files[0]}", f"data.validation={files[1]}", f"data.test={files[1]}", *settings]
     console.print("[bold]AdaLoRA[/]")
     adalora = run(load_recipe("docstrings", settings, seed), out / "adalora", console)
+    if adalora.stopped:
+        return results | {"AdaLoRA": adalora}
     console.print("[bold]LoRA[/] (PEFT), as many parameters")
     same_size = f"method.parameters={adalora.count.final}"
     lora = run(load_recipe("docstrings-lora", [*settings, same_size], seed), out / "lora", console)

@@ -16,7 +16,6 @@ from .schedule import Schedule
 from .tasks.classification import ClassificationTask
 
 _BYTES = 4  # adapters, their gradients, Adam's moments and the averages are all fp32
-_NAMED = 8  # labels that the plan shows
 
 
 class PlanPrinter(TrainerCallback):
@@ -31,16 +30,9 @@ class PlanPrinter(TrainerCallback):
         """Print it."""
         allocator = self.source.allocator if self.source else None
         schedule = allocator.schedule if allocator else None
-        for line in [task_line(self.task), *plan_lines(kwargs["model"], self.method, schedule, state.max_steps)]:
+        lines = plan_lines(kwargs["model"], self.method, schedule, state.max_steps)
+        for line in [f"task       {self.task.describe()}", *lines]:
             self.console.print(f"  {escape(line)}")
-
-
-def task_line(task: ClassificationTask) -> str:
-    """The labels, and how many rows each split has."""
-    shown = ", ".join(task.labels[:_NAMED]) + (", …" if len(task.labels) > _NAMED else "")
-    kind = f"{len(task.labels)} classes ({shown})" if task.labels else "one number"
-    sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in task.splits.items())
-    return f"task       {kind}; {sizes} rows"
 
 
 def plan_lines(model: nn.Module, method: Method, schedule: Schedule | None, steps: int) -> list[str]:

@@ -11,13 +11,12 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
-
 
 _BOOLEAN = "tag:yaml.org,2002:bool"
 
@@ -29,7 +28,7 @@ class _Loader(yaml.SafeLoader):
     """
 
     # A copy: the rules are shared by all of PyYAML's loaders.
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {
         first: [(tag, rule) for tag, rule in rules if tag != _BOOLEAN]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -10,17 +11,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .errors import AdapterFileError, ConfigError
+from .errors import AdaLoraError, AdapterFileError, ConfigError, TrainingError
 from .files import write_files
 from .integrations.transformers import AdaLoraCallback
 from .recipe import Recipe
 
 _ROOM_FOR_A_BAR = 90  # columns
+_TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|unexpected pos")  # torch.save on a full disk
 _BEGUN, _CLAIM, _FAILED = "recipe.yaml", "checkpoints", "FAILED.txt"
 
 
@@ -44,6 +48,26 @@ def claimed(out: Path) -> Iterator[None]:
                 for folder in made:
                     folder.rmdir()
         raise
+
+
+@contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """Turn what the machine refuses into an AdaLoraError with the remedy."""
+    try:
+        yield
+    except AdaLoraError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the device is out of memory: {error}. Lower training.per_device_train_batch_size, and raise "
+            "training.gradient_accumulation_steps as much."
+        ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
+            raise
+        raise AdapterFileError(
+            f"the run in {str(out)!r} could not go on: {error}. Free space there, or choose another folder with --out."
+        ) from error
 
 
 def _claim(out: Path) -> None:

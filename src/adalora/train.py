@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +13,12 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from .card import CardFacts, model_card
-from .errors import AdaLoraError, AdapterFileError, ConfigError, TrainingError
+from .errors import AdaLoraError, AdapterFileError, ConfigError
 from .files import write_files
 from .integrations.plots import save_budget_curve, save_heatmap
 from .integrations.stopping import StopGracefully
@@ -32,12 +28,10 @@ from .methods.adalora import AdaLora
 from .methods.base import Method, ParameterCount
 from .plan import PlanPrinter
 from .recipe import Recipe
-from .records import ProgressLine, RunRecorder, claimed
+from .records import ProgressLine, RunRecorder, claimed, explained
 from .report import RankReport, rank_report
 from .resolve import resolve_model, resolve_recipe, training_arguments
 from .tasks.classification import ClassificationTask, build_task
-
-_TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|unexpected pos")  # torch.save on a full disk
 
 
 @dataclass(frozen=True)
@@ -93,26 +87,6 @@ def check(recipe: Recipe, out: Path) -> Method:
     method = build_method(recipe.method)
     training_arguments(recipe, out)
     return method
-
-
-@contextmanager
-def explained(out: Path) -> Iterator[None]:
-    """Turn what the machine refuses into an AdaLoraError with the remedy."""
-    try:
-        yield
-    except AdaLoraError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the device is out of memory: {error}. Lower training.per_device_train_batch_size, and raise "
-            "training.gradient_accumulation_steps as much."
-        ) from error
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
-            raise
-        raise AdapterFileError(
-            f"the run in {str(out)!r} could not go on: {error}. Free space there, or choose another folder with --out."
-        ) from error
 
 
 def _prepare(recipe: Recipe, out: Path, console: Console) -> _Job:

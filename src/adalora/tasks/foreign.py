@@ -21,5 +21,5 @@ def silenced(*loggers: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, with all white space as single blanks."""
-    return " ".join(str(error).split())
+    """The message of an error as one line that ends with a full stop."""
+    return " ".join(str(error).split()).rstrip(".") + "."

@@ -62,8 +62,8 @@ def load_classifier(path: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBas
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _from_pretrained(AutoModelForSequenceClassification, path, recipe, **options)
     _require_all_weights(model, info, recipe)
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    # Decoders look for the last token before the padding, which is the tokenizer's.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _require_length(model, tokenizer, recipe)
     return model
 
