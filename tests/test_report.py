@@ -124,6 +124,10 @@ def test_labels_of_kinds_that_end_alike_are_as_long_as_needed_and_no_longer() ->
     assert short_labels(["x.*.fc", "y.*.fc"]) == ["x.*.fc", "y.*.fc"]
     assert short_labels(["*.fc", "layer.*.up"]) == ["fc", "up"]
     assert short_labels(["blocks.*", "head"]) == ["blocks.*", "head"]
+    assert short_labels(["layer.*.attention.output.dense", "layer.*.output.dense"]) == [
+        "attention.output.dense",
+        "output.dense",
+    ]
     assert short_labels([]) == []
 
 
