@@ -116,7 +116,7 @@ def short_labels(kinds: list[str]) -> list[str]:
     labels = []
     for own in parts:
         count = 1
-        while count < len(own) and (own[-count:] == ["*"] or sum(other[-count:] == own[-count:] for other in parts) > 1):
+        while count < len(own) and (own[-count:] == ["*"] or sum(p[-count:] == own[-count:] for p in parts) > 1):
             count += 1
         labels.append(".".join(own[-count:]).removeprefix("*."))
     return labels
