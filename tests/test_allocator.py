@@ -147,20 +147,24 @@ def assert_run_equals_twin(optimizer: str, **settings: Any) -> None:
         if expected.masked[step]:
             assert nonzero(model) <= expected.budgets[step]
 
-    train(model, live, data, config.total_step, compare)
-    assert allocator.live == 2 * config.target_r
-    assert allocator.frozen
-    if config.importance != "magnitude":
+    last: dict[tuple[str, str], Tensor] = {}
+
+    def remember(*_: object) -> None:
         for index, (_, module) in enumerate(modules):
             for part in "AEB":
                 state = live.state[getattr(module, f"lora_{part}")]
-                names = f"{index}.{part}"
-                torch.testing.assert_close(
-                    state[SENSITIVITY], expected.importance.sensitivity(names), rtol=0, atol=1e-10
-                )
-                torch.testing.assert_close(
-                    state[UNCERTAINTY], expected.importance.uncertainty(names), rtol=0, atol=1e-10
-                )
+                last.update({(f"{index}.{part}", key): state[key].clone() for key in (SENSITIVITY, UNCERTAINTY)})
+
+    if config.importance != "magnitude":
+        allocator.on_allocate.append(remember)
+    train(model, live, data, config.total_step, compare)
+    assert allocator.live == 2 * config.target_r
+    assert allocator.frozen
+    assert not any({SENSITIVITY, UNCERTAINTY} & set(state) for state in live.state.values())  # freed
+    for (name, key), value in last.items():
+        twin = expected.importance.sensitivity if key == SENSITIVITY else expected.importance.uncertainty
+        torch.testing.assert_close(value, twin(name), rtol=0, atol=1e-10)
+    assert len(last) == (0 if config.importance == "magnitude" else 2 * 3 * len(modules))
 
 
 @pytest.mark.parametrize("importance", METRICS)

@@ -170,11 +170,7 @@ def test_one_callback_runs_the_whole_method(tmp_path: Path) -> None:
     assert len(ranks) == 13
     assert len(set(ranks.values())) > 1  # the budget went where it is needed
     assert training_progress(run.model) == (STEPS, STEPS)
-    state = run.optimizer.state
-    for _, module in named_adapters(run.model):
-        for parameter in (module.lora_A, module.lora_E, module.lora_B):
-            assert float(state[parameter][SENSITIVITY].abs().max()) > 0
-            assert float(state[parameter][UNCERTAINTY].abs().max()) > 0
+    assert not any({SENSITIVITY, UNCERTAINTY} & set(state) for state in run.optimizer.state.values())  # freed
 
 
 def test_the_task_head_trains_and_the_base_model_does_not(tmp_path: Path) -> None:

@@ -16,21 +16,18 @@ def keep_top(scores: Sequence[Tensor], budget: int, minimum: Sequence[int] | Non
     """For scores (r_k,) of each matrix k, bool tensors (r_k,) with exactly `budget` true entries in all.
 
     Each matrix first keeps its own `minimum[k]` best. The caller sees to it that the minima fit into the
-    budget, the budget into the triplets, and that scores are finite.
+    budget, the budget into the triplets, and that scores are finite. Nothing here waits for a device.
     """
     joined = torch.cat([score.to(scores[0].device) for score in scores])  # a model may live on several
-    granted = torch.zeros_like(joined, dtype=torch.bool)
+    order = torch.argsort(joined, descending=True, stable=True)
     if minimum is not None and any(minimum):
         granted = torch.cat([_top(score, k).to(joined.device) for score, k in zip(scores, minimum, strict=True)])
-        budget -= int(sum(minimum))
-    # Those already granted leave the contest, which is decided by rank alone and so needs no score range.
-    order = torch.argsort(joined, descending=True, stable=True)
-    contest = order[~granted[order]]
-    granted[contest[:budget]] = True
-    return list(torch.split(granted, [score.numel() for score in scores]))
+        # The granted come first, then the others by rank: no score range is needed to put them there.
+        order = order[torch.argsort(granted[order], descending=True, stable=True)]
+    keep = torch.zeros_like(joined, dtype=torch.bool).index_fill_(0, order[:budget], True)
+    return list(torch.split(keep, [score.numel() for score in scores]))
 
 
 def _top(score: Tensor, count: int) -> Tensor:
-    keep = torch.zeros_like(score, dtype=torch.bool)
-    keep[torch.argsort(score, descending=True, stable=True)[:count]] = True
-    return keep
+    order = torch.argsort(score, descending=True, stable=True)
+    return torch.zeros_like(score, dtype=torch.bool).index_fill_(0, order[:count], True)

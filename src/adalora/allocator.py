@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,26 +19,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .allocation import keep_top
-from .averages import SENSITIVITY, UNCERTAINTY, module_scores, update_averages
+from .attachment import Attachment
 from .errors import ConfigError, TrainingError
 from .injection import Progress, adapter_config, adapter_root, named_adapters, record_progress
-from .optimizers import (
-    check_dtype,
-    check_membership,
-    check_restored_state,
-    loss_scale,
-    maximized,
-    step_is_skipped,
-    unwrap,
-    when_gradients_are_there,
-)
-from .regularizer import add_penalty_gradient_
-from .schedule import Phase, Schedule
+from .masking import mask_, set_pattern_
+from .optimizers import check_membership, step_is_skipped, unwrap
+from .schedule import Phase, Schedule, run_length
 from .targets import bound
+from .verdicts import Verdicts
 
 logger = logging.getLogger("adalora")
-
-KEEP, STEP, FROZEN = "adalora_keep", "adalora_step", "adalora_frozen"
 
 Listener = Callable[[int, int, Mapping[str, Tensor]], None]
 
@@ -50,37 +41,28 @@ class RankAllocator:
         RankAllocator(model, total_step=3000).attach(optimizer)
 
     total_step counts optimizer steps; it may come from the configuration instead. `on_allocate` listeners
-    are called as f(step, budget, {module name: bool tensor (r,)}) after each allocation. Raises ConfigError
-    if the length of the run is unknown or the schedule impossible, InjectionError without an adapter.
+    are called as f(step, budget, {module name: bool tensor (r,)}) after each allocation. `compact` frees the
+    pruned triplets as soon as the pattern is final (see `compact()`). Raises ConfigError if the length of the
+    run is unknown or the schedule impossible, InjectionError without an adapter.
     """
 
-    def __init__(self, model: nn.Module, total_step: int | None = None) -> None:
+    def __init__(self, model: nn.Module, total_step: int | None = None, *, compact: bool = False) -> None:
         self.root = adapter_root(model)
         self.config = config = adapter_config(model)
-        if total_step is None or config.total_step not in (None, total_step):
-            if total_step is not None:
-                raise ConfigError(
-                    f"the configuration says total_step={config.total_step}, but the loop runs {total_step} steps; "
-                    "leave total_step out of one of them."
-                )
-            total_step = config.total_step
-        if total_step is None:
-            raise ConfigError(
-                "how long will training be? Pass RankAllocator(model, total_step=...) in optimizer steps: "
-                "batches per epoch × epochs / gradient accumulation."
-            )
-        self.modules = {name: module for name, module in named_adapters(self.root) if module.capacity}
+        self.modules = {name: module for name, module in named_adapters(self.root) if module.init_capacity}
         if not self.modules:
             raise ConfigError("every module has rank 0, so there is no budget to distribute; raise max_rank.")
-        capacity = sum(module.capacity for module in self.modules.values())
+        self._capacities = [module.init_capacity for module in self.modules.values()]
         # A pruned adapter that trains on starts from the triplets that it still has.
-        target = min(config.target_r * len(list(named_adapters(self.root))), capacity)
-        self.schedule = Schedule.from_config(config, capacity, target, total_step)
-        self.minimum = [min(bound(config.min_rank, name, 0), m.capacity) for name, m in self.modules.items()]
+        target = min(config.target_r * len(list(named_adapters(self.root))), sum(self._capacities))
+        self.schedule = Schedule.from_config(config, sum(self._capacities), target, run_length(config, total_step))
+        minima = [bound(config.min_rank, name, 0) for name in self.modules]
+        self.minimum = [min(least, most) for least, most in zip(minima, self._capacities, strict=True)]
         self.on_allocate: list[Listener] = []
-        self.skipped_steps = 0
-        self._optimizer: Optimizer | None = None
+        self._compact, self._skipped = compact, 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._verdicts = Verdicts()
+        self._attachment: Attachment | None = None
 
     def attach(self, optimizer: Any) -> RankAllocator:
         """Run the method in every step of `optimizer`, a torch optimizer or a wrapper of one; returns self.
@@ -99,18 +81,14 @@ class RankAllocator:
                 "model its own optimizer."
             )
         self.detach()
-        self._optimizer = optimizer
+        self._attachment = Attachment(optimizer, self.modules, self.config)
         _attached[optimizer] = weakref.ref(self)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_post_hook(self._restore),
+            optimizer.register_load_state_dict_post_hook(self._after_loading),
         ]
-        try:
-            self._restore(optimizer)
-        except TrainingError:
-            self.detach()
-            raise
+        self._record(self.step)
         return self
 
     def detach(self) -> None:
@@ -122,12 +100,12 @@ class RankAllocator:
     @property
     def step(self) -> int:
         """Optimizer steps so far."""
-        return int(self._group.get(STEP, 0))
+        return self._attached_to.run.step
 
     @property
     def frozen(self) -> bool:
         """Whether the pattern is final."""
-        return bool(self._group.get(FROZEN, False))
+        return self._attached_to.run.frozen
 
     @property
     def phase(self) -> Phase:
@@ -141,6 +119,12 @@ class RankAllocator:
         return target if self.frozen else self.schedule.budget(max(self.step - 1, 0))
 
     @property
+    def skipped_steps(self) -> int:
+        """Steps that importance left out, because a gradient was not finite or a GradScaler skipped them."""
+        self._verdicts.hear(wait=True)
+        return self._skipped
+
+    @property
     def live(self) -> int:
         """Triplets that the latest allocation left alive."""
         return sum(module.rank for module in self.modules.values())
@@ -151,15 +135,15 @@ class RankAllocator:
         Raises TrainingError before the first step: nothing is known of importance then.
         """
         if self.frozen:
-            assert self._optimizer is not None
-            self._restore(self._optimizer)  # weights loaded since brought their own pattern
-            self._mask()
+            self._attached_to.restore()  # weights loaded since brought their own pattern
+            mask_(self.modules.values())
             return
         if self.step == 0:
             raise TrainingError("no optimizer step has run, so there is no importance to allocate ranks by.")
         phase, step = self.phase, self.step
         self._allocate(step - 1, self.schedule.target_budget)
-        self._group[FROZEN] = True
+        self._verdicts.hear(wait=True)
+        self._freeze()
         logger.warning(
             "training stopped after step %d of %d, in the %s phase: the budget was enforced at once (%d of %d "
             "triplets kept), without final tuning of the kept ones",
@@ -170,80 +154,98 @@ class RankAllocator:
             self.schedule.initial_budget,
         )
 
+    def compact(self) -> None:
+        """Free the pruned triplets for good: in the model, its gradients and the optimizer (see `compaction`).
+
+        The parameters are new objects then: lists of the old ones, as kept for clipping, are stale. Raises
+        TrainingError before the pattern is final, and where something cannot be cut; nothing has changed then.
+        """
+        if not self.frozen:
+            raise TrainingError(
+                f"the pattern is final after step {self.schedule.freeze_step} only, and this is step {self.step}: "
+                "pruned triplets may still come back. Compact later, or call finalize() first."
+            )
+        self._attached_to.compact()
+
     def restart(self) -> None:
-        """Follow the whole schedule again, with every triplet alive; the averages forget by themselves."""
-        for key in (KEEP, STEP, FROZEN):
-            self._group.pop(key, None)
-        assert self._optimizer is not None
-        self._restore(self._optimizer)
+        """Follow the whole schedule again, with every triplet alive and importance measured anew.
+
+        Raises TrainingError after compaction: the freed triplets are gone.
+        """
+        if any(module.capacity < module.init_capacity for module in self.modules.values()):
+            raise TrainingError(
+                "the pruned triplets were freed, so the schedule cannot start over with all of them; load the adapter "
+                "into a fresh base model with load_adapter(..., trainable=True) and train that."
+            )
+        self._attached_to.run.reset()
+        self._after_loading()
 
     @property
-    def _group(self) -> dict[str, Any]:
-        if self._optimizer is None:
+    def _attached_to(self) -> Attachment:
+        if self._attachment is None:
             raise TrainingError("the allocator has no optimizer yet; call attach(optimizer).")
-        return self._optimizer.param_groups[0]
+        return self._attachment
+
+    def _after_loading(self, *_: Any) -> None:
+        self._attached_to.restore()
+        self._record(self.step)
+
+    def _record(self, step: int) -> None:
+        record_progress(self.root, Progress(step, self.schedule.total_step))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        for name, module in self.modules.items():
-            if not hasattr(module, "lora_E"):
-                raise TrainingError(f"{name!r} was ejected, but an allocator still drives it; call detach() on that.")
-            if module.merged:
-                raise TrainingError(f"{name!r} is merged and would not learn; call adalora.unmerge(model) first.")
-            check_dtype(name, module)
-        return when_gradients_are_there(args, kwargs, lambda: self._add_penalty(optimizer))
-
-    def _add_penalty(self, optimizer: Optimizer) -> None:
-        weight, modules = self.config.orth_reg_weight, list(self.modules.values())
-        trained = any(p.grad is not None for m in modules for p in (m.lora_A, m.lora_E, m.lora_B))
-        if weight and trained and not step_is_skipped(optimizer):
-            scaled = weight * loss_scale(optimizer)
-            add_penalty_gradient_(modules, self.config.orth_reg_form, scaled, maximized(optimizer))
+        self._verdicts.hear()
+        return self._attached_to.before_step(args, kwargs)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if step_is_skipped(optimizer):
-            self.skipped_steps += 1
+            self._skipped += 1
             return
         step = self.step
-        if not self.frozen:
-            if step < self.schedule.total_step - self.schedule.tfinal:
-                finite = update_averages(optimizer, self.modules.values(), self.config)
-                self.skipped_steps += not finite
-            # A resumed run may find that its new, shorter schedule has frozen already.
-            if self.schedule.allocates(step) or step > self.schedule.freeze_step:
-                self._allocate(step, self.schedule.budget(step))
-            self._group[FROZEN] = step >= self.schedule.freeze_step
+        if self.frozen:
+            mask_(self.modules.values())
         else:
-            self._mask()
-        self._group[STEP] = step + 1
-        record_progress(self.root, Progress(step + 1, self.schedule.total_step))
+            self._follow(step)
+        self._attached_to.run.step = step + 1
+        self._record(step + 1)
+
+    def _follow(self, step: int) -> None:
+        if step < self.schedule.total_step - self.schedule.tfinal:
+            finite = self._attached_to.averages.update()
+            if finite is not None:
+                self._verdicts.ask(finite, self._leave_out)
+        # A resumed run may find that its new, shorter schedule has frozen already.
+        if self.schedule.allocates(step) or step > self.schedule.freeze_step:
+            self._allocate(step, self.schedule.budget(step))
+        if step >= self.schedule.freeze_step:
+            self._freeze()
+
+    def _leave_out(self) -> None:
+        logger.warning("a gradient is not finite; the importance of this step is left out")
+        self._skipped += 1
 
     def _allocate(self, step: int, budget: int) -> None:
-        assert self._optimizer is not None
-        scores = module_scores(self._optimizer, self.modules, self.config)
-        keeps = keep_top(scores, budget, self.minimum)
-        for module, keep in zip(self.modules.values(), keeps, strict=True):
-            module.lora_keep.copy_(keep)
-        # Not in the state of lora_E: an optimizer that finds any state there takes its own for initialized.
-        self._group[KEEP] = torch.cat(keeps)
-        self._mask()
+        modules = self.modules.values()
+        scores = self._attached_to.averages.scores()
+        values = torch.cat([module.lora_E.detach().to(scores.device) for module in modules]).view(-1)
+        self._verdicts.ask((scores + values).isfinite().all(), partial(self._diverged, scores, values))
+        keeps = keep_top(torch.split(scores, self._capacities), budget, self.minimum)
+        set_pattern_(modules, keeps)
+        mask_(modules)
+        self._attached_to.run.keep(torch.cat(keeps))
         for listener in self.on_allocate:
             listener(step, budget, dict(zip(self.modules, keeps, strict=True)))
 
-    def _mask(self) -> None:
-        with torch.no_grad():
-            for module in self.modules.values():
-                module.lora_E.masked_fill_(~module.lora_keep.view(-1, 1), 0.0)
+    def _diverged(self, scores: Tensor, values: Tensor) -> None:
+        parts = torch.split((scores + values).isfinite(), self._capacities)
+        name = next(name for name, part in zip(self.modules, parts, strict=True) if not part.all())
+        raise TrainingError(
+            f"the triplets of {name!r} or their scores are not finite: the run has diverged. Lower the learning rate, "
+            "or clip gradients."
+        )
 
-    def _restore(self, optimizer: Optimizer) -> None:
-        """Take up what `optimizer` holds: after attach, and after its load_state_dict."""
-        check_restored_state(optimizer, self.modules, (SENSITIVITY, UNCERTAINTY))
-        capacities = [module.capacity for module in self.modules.values()]
-        keep = self._group.get(KEEP, torch.ones(sum(capacities), dtype=torch.bool))
-        if keep.numel() != sum(capacities):
-            raise TrainingError(
-                f"the optimizer's state masks {keep.numel()} triplets, the adapter has {sum(capacities)}: this state "
-                "belongs to an adapter of another size."
-            )
-        for module, part in zip(self.modules.values(), keep.split(capacities), strict=True):
-            module.lora_keep.copy_(part)
-        record_progress(self.root, Progress(self.step, self.schedule.total_step))
+    def _freeze(self) -> None:
+        self._attached_to.run.freeze()
+        self._attached_to.averages.drop()
+        if self._compact:
+            self.compact()

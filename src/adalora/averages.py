@@ -1,70 +1,121 @@
 """The two averages of importance, kept in the optimizer's state beside each parameter's own.
 
-There they are saved, restored and moved with everything else that the optimizer holds.
+There they are saved, restored and moved with everything else that the optimizer holds. They are views of two flat
+tensors for each device, so that a step costs a dozen operations, whatever the number of matrices.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .config import AdaLoraConfig
-from .errors import TrainingError
 from .importance import entry_scores, magnitude_scores, triplet_scores, update_averages_
 from .layers import SVDAdapter
 
-logger = logging.getLogger("adalora")
-
-SENSITIVITY, UNCERTAINTY = "adalora_sensitivity", "adalora_uncertainty"
+SENSITIVITY, UNCERTAINTY = _KEYS = "adalora_sensitivity", "adalora_uncertainty"
 
 
-def update_averages(optimizer: Optimizer, modules: Iterable[SVDAdapter], config: AdaLoraConfig) -> bool:
-    """Take the gradients of the step just done into the averages. False if one is not finite: nothing changes."""
-    if config.importance == "magnitude":
-        return True
-    parameters = [p for m in modules for p in (m.lora_A, m.lora_E, m.lora_B)]
-    # A parameter that never had a gradient has no averages: they would be zero, and an optimizer that finds
-    # any state takes its own for initialized.
-    parameters = [p for p in parameters if p.grad is not None or SENSITIVITY in optimizer.state[p]]
-    if not parameters:
-        return True
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    if not torch.stack([norm.isfinite().to(gradients[0].device) for norm in torch._foreach_norm(gradients)]).all():
-        logger.warning("a gradient is not finite; the importance of this step is left out")
-        return False
-    for parameter in parameters:
-        for key in (SENSITIVITY, UNCERTAINTY):
-            optimizer.state[parameter].setdefault(key, torch.zeros_like(parameter))
-    sensitivity, uncertainty = ([optimizer.state[p][key] for p in parameters] for key in (SENSITIVITY, UNCERTAINTY))
-    weights = [parameter.detach() for parameter in parameters]
-    update_averages_(sensitivity, uncertainty, weights, gradients, config.beta1, config.beta2)
-    return True
+class Averages:
+    """Importance of the triplets of `modules`, from the gradients that `optimizer` steps with."""
+
+    def __init__(self, optimizer: Optimizer, modules: Sequence[SVDAdapter], config: AdaLoraConfig) -> None:
+        self._optimizer, self._modules, self._config = optimizer, modules, config
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for index, module in enumerate(modules):
+            A, B = module.lora_A, module.lora_B
+            alike[A.device, A.dtype, A.shape, B.shape].append(index)
+        shelves: dict[Any, list[list[int]]] = defaultdict(list)
+        for (device, dtype, *_), indices in alike.items():
+            shelves[device, dtype].append(indices)
+        self._shelves = [_Shelf([[modules[i] for i in group] for group in groups]) for groups in shelves.values()]
+        stacked = [i for groups in shelves.values() for group in groups for i in group]
+        self._order = _positions(stacked, [module.capacity for module in modules]).to(modules[0].lora_E.device)
+
+    def update(self) -> Tensor | None:
+        """Take in the gradients of the step just done. Whether they were finite, if there were any: else nothing
+        changed, on the device that had the fault.
+        """
+        if self._config.importance == "magnitude":
+            return None
+        state, betas = self._optimizer.state, (self._config.beta1, self._config.beta2)
+        verdicts = [shelf.update(state, *betas) for shelf in self._shelves if shelf.takes_part(state)]
+        return torch.stack([verdict.to(self._order.device) for verdict in verdicts]).all() if verdicts else None
+
+    def scores(self) -> Tensor:
+        """S of every triplet, (sum of r,), in the order of the modules."""
+        if self._config.importance == "magnitude":
+            return torch.cat([magnitude_scores(m.lora_E).to(self._order.device) for m in self._modules])
+        state, kind = self._optimizer.state, self._config.importance
+        parts = [part.to(self._order.device) for shelf in self._shelves for part in shelf.scores(state, kind)]
+        return torch.cat(parts)[self._order]
+
+    def drop(self) -> None:
+        """Free them: a final pattern asks no more questions."""
+        for shelf in self._shelves:
+            for parameter in shelf.parameters:
+                for key in _KEYS:
+                    self._optimizer.state.get(parameter, {}).pop(key, None)
+        self._shelves = []
 
 
-def module_scores(optimizer: Optimizer, modules: Mapping[str, SVDAdapter], config: AdaLoraConfig) -> list[Tensor]:
-    """S of every triplet, (r,) for each module. Raises TrainingError, with the name, if one is not finite."""
-    scores = []
-    for name, module in modules.items():
-        if config.importance == "magnitude":
-            score = magnitude_scores(module.lora_E)
-        else:
-            factors = (module.lora_A, module.lora_E, module.lora_B)
-            score = triplet_scores(*(_entries(optimizer, p, config) for p in factors))
-        if not (score + module.lora_E.detach().view(-1)).isfinite().all():
-            raise TrainingError(
-                f"the triplets of {name!r} or their scores are not finite: the run has diverged. Lower the "
-                "learning rate, or clip gradients."
-            )
-        scores.append(score)
-    return scores
+class _Shelf:
+    """The averages of one device. Modules of one shape stand together: all their A, then all E, then all B."""
+
+    def __init__(self, groups: list[list[SVDAdapter]]) -> None:
+        kinds = ("lora_A", "lora_E", "lora_B")
+        stacks = [[getattr(module, kind) for module in group] for group in groups for kind in kinds]
+        self._shapes = [(len(stack), *stack[0].shape) for stack in stacks]
+        self.parameters: list[Tensor] = [parameter for stack in stacks for parameter in stack]
+        first = self.parameters[0]
+        size = sum(parameter.numel() for parameter in self.parameters)
+        self._flat = {key: torch.zeros(size, dtype=first.dtype, device=first.device) for key in _KEYS}
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self._views = {
+            key: [part.view_as(p) for part, p in zip(torch.split(flat, sizes), self.parameters, strict=True)]
+            for key, flat in self._flat.items()
+        }
+
+    def takes_part(self, state: Any) -> bool:
+        return any(p.grad is not None or SENSITIVITY in state.get(p, ()) for p in self.parameters)
+
+    def update(self, state: Any, beta1: float, beta2: float) -> Tensor:
+        self._adopt(state)
+        weights = [parameter.detach() for parameter in self.parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        product = torch.cat([part.reshape(-1) for part in torch._foreach_mul(weights, gradients)])
+        return update_averages_(self._flat[SENSITIVITY], self._flat[UNCERTAINTY], product, beta1, beta2)
+
+    def scores(self, state: Any, kind: Any) -> list[Tensor]:
+        self._adopt(state)
+        entries = entry_scores(self._flat[SENSITIVITY], self._flat[UNCERTAINTY], kind)
+        sizes = [torch.Size(shape).numel() for shape in self._shapes]
+        stacks = [part.view(shape) for part, shape in zip(torch.split(entries, sizes), self._shapes, strict=True)]
+        return [triplet_scores(*stacks[i : i + 3]).view(-1) for i in range(0, len(stacks), 3)]
+
+    def _adopt(self, state: Any) -> None:
+        """See to it that the optimizer holds the views: it may have loaded averages, or forgotten them.
+
+        A parameter that never had a gradient holds none: an optimizer that finds any state takes its own for
+        initialized.
+        """
+        for key, views in self._views.items():
+            for parameter, view in zip(self.parameters, views, strict=True):
+                held = state[parameter].get(key) if parameter in state else None
+                if held is view:
+                    continue
+                view.zero_() if held is None else view.copy_(held)
+                if held is not None or parameter.grad is not None:
+                    state[parameter][key] = view
 
 
-def _entries(optimizer: Optimizer, parameter: Tensor, config: AdaLoraConfig) -> Tensor:
-    state = optimizer.state.get(parameter, {})
-    if SENSITIVITY not in state:
-        return torch.zeros_like(parameter)
-    return entry_scores(state[SENSITIVITY], state[UNCERTAINTY], config.importance)
+def _positions(stacked: list[int], capacities: list[int]) -> Tensor:
+    """Where each triplet, in the order of the modules, stands when they follow one another as `stacked` says."""
+    starts = dict(zip(stacked, accumulate((capacities[i] for i in stacked), initial=0), strict=False))
+    return torch.cat([torch.arange(starts[i], starts[i] + r) for i, r in enumerate(capacities)])

@@ -53,6 +53,7 @@ def convert(module: nn.Module, r: int, scaling: float, dropout: float) -> SVDAda
     assert isinstance(module, SVDAdapter)
     (out, in_), dtype = module.shape, torch.promote_types(weight.dtype, torch.float32)
     module.scaling, module.lora_dropout, module.adapter_enabled = scaling, dropout, True
+    module.init_capacity = r
     module.register_buffer("base_weight", None, persistent=False)
     module.register_buffer("lora_keep", torch.ones(r, dtype=torch.bool, device=weight.device), persistent=False)
     for name, size in (("lora_A", (r, in_)), ("lora_E", (r, 1)), ("lora_B", (out, r))):
@@ -73,7 +74,7 @@ def restore(module: SVDAdapter) -> None:
     for name in ("lora_keep", "base_weight"):
         del module._buffers[name]
         module._non_persistent_buffers_set.discard(name)
-    for name in ("scaling", "lora_dropout", "adapter_enabled"):
+    for name in ("scaling", "lora_dropout", "adapter_enabled", "init_capacity"):
         delattr(module, name)
     base = type(module).base_type
     module.__class__ = base  # type: ignore[assignment]

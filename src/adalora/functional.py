@@ -1,14 +1,25 @@
 """The low-rank maps themselves, as functions of tensors.
 
-Shapes: A (r, in) = Q of the paper, E (r, 1) = diagonal of Λ, B (out, r) = P. All return s·ΔW applied to the
-input, in the input's dtype; none adds the base output.
+Shapes: A (r, in) = Q of the paper, E (r, 1) = diagonal of Λ, B (out, r) = P, W (out, in) the frozen weight.
+
+`low_rank_linear` and `low_rank_embedding` return s·ΔW applied to the input, as equation 3 reads: autograd does the
+rest. `adapted_linear` is the whole layer in one step, with a backward written by hand that passes over the
+activations as rarely as it can; the tests hold it against the former.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# On a CPU the product x·(W + s·ΔW)ᵀ is cheaper than two products from about this many times mn/(m+n) tokens on:
+# `python -m benchmarks.graphs` measures it.
+MERGE_FROM = 4
 
 
 def delta_matrix(A: Tensor, E: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -26,6 +37,119 @@ def low_rank_embedding(ids: Tensor, A: Tensor, E: Tensor, B: Tensor, scaling: fl
     """Rows `ids` of s · (B diag(E) A)ᵀ for ids (...); returns (..., out). A is (r, num_embeddings)."""
     rows = F.embedding(ids, A.T, padding_idx)  # (..., r)
     return F.linear(_gate(rows, E, scaling), B)
+
+
+def adapted_linear(
+    x: Tensor,
+    dropped: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: tuple[Tensor, Tensor, Tensor],
+    scaling: float,
+) -> Tensor:
+    """x Wᵀ + b + s · x Aᵀ diag(E) Bᵀ for x (..., in) and factors (A, E, B); returns (..., out).
+
+    W is frozen: it gets no gradient. `dropped` stands for x in the increment where dropout made it another tensor.
+    The products run in the dtype of W, or of autocast; factors of more bits keep them, and get gradients in their
+    own dtype. Differentiable once: a second backward through it raises RuntimeError.
+    """
+    A, E, B = factors
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        dropped, bias = (None if t is None else t.to(dtype) for t in (dropped, bias))
+    tokens = x.numel() // x.shape[-1]
+    merge = dropped is None and device == "cpu" and weight.dtype == A.dtype and _merging_pays(tokens, weight)
+    with _without_autocast(device):
+        return cast(Tensor, _apply(x, dropped, weight, bias, A, E, B, scaling, merge))
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """Two graphs of one map. Split: the increment is added into the base output, and x Aᵀ is kept. Merged: one
+    product with W + s·ΔW, which is made anew in backward rather than kept. The thin products have the rank as their
+    first dimension, (r, T) and (r, out): BLAS does them in half the time or less than transposed.
+
+    `setup_context` would open it to torch.func, for 70 microseconds more a call; there the slow path serves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        E: Tensor,
+        B: Tensor,
+        scaling: float,
+        merge: bool,
+    ) -> Tensor:
+        low, gated, projected = A.to(x.dtype), (B.t() * E).to(x.dtype), None  # (r, in), (r, out)
+        if merge:
+            output = F.linear(x, _merged(weight, gated, low, scaling), bias)
+        else:
+            output = F.linear(x, weight, bias)  # of x as it comes: torch's kernel, and so its bits, depend on strides
+            projected = low @ (x if dropped is None else dropped).reshape(-1, x.shape[-1]).t()  # (r, T)
+            output.view(-1, output.shape[-1]).addmm_(projected.t(), gated, alpha=scaling)  # (T, out)
+        ctx.save_for_backward(x if dropped is None else dropped, weight, A, E, B, gated, projected)
+        ctx.scaling, ctx.merge, ctx.separate = scaling, merge, dropped is not None
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
+        with _without_autocast(grad.device.type):
+            return (*_gradients(ctx, grad), None, None)
+
+
+_apply: Any = _AdaptedLinear.apply
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """∂ of x, dropped, W, b, A, E, B."""
+    x, weight, A, E, B, gated, projected = ctx.saved_tensors
+    need_x, need_dropped, _, need_bias, need_A, need_E, need_B = ctx.needs_input_grad[:7]
+    scaling, low = ctx.scaling, A.to(x.dtype)
+    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])  # (T, in), (T, out)
+    back = gated @ grads.t()  # (r, T)
+    grad_x = grad_dropped = grad_A = grad_E = grad_B = None
+    if need_x:
+        grad_x = grads @ (_merged(weight, gated, low, scaling) if ctx.merge else weight)
+        if not ctx.separate and not ctx.merge:
+            grad_x.addmm_(back.t(), low, alpha=scaling)
+        grad_x = grad_x.view(*grad.shape[:-1], -1)
+    if need_dropped:
+        grad_dropped = (back.t() @ (low * scaling)).view(x.shape)
+    if need_A:
+        # beta=0 ignores the first argument; it is there because only so a product takes a factor at no cost.
+        grad_A = torch.addmm(low, back, rows, beta=0, alpha=scaling).to(A.dtype)
+    if need_E or need_B:
+        projected = low @ rows.t() if projected is None else projected
+        grad_PL = torch.addmm(gated, projected, grads, beta=0, alpha=scaling).to(B.dtype)  # of diag(E) Bᵀ, (r, out)
+        grad_E = torch.bmm(grad_PL.unsqueeze(1), B.t().unsqueeze(2)).view(E.shape) if need_E else None
+        grad_B = (grad_PL * E).t() if need_B else None
+    return grad_x, grad_dropped, None, grads.sum(0) if need_bias else None, grad_A, grad_E, grad_B
+
+
+def _merged(weight: Tensor, gated: Tensor, A: Tensor, scaling: float) -> Tensor:
+    """W + s·ΔW, laid out in memory as W is: the kernel that torch picks depends on it."""
+    if weight.is_contiguous():
+        return torch.addmm(weight, gated.t(), A, alpha=scaling)
+    return torch.addmm(weight.t(), A.t(), gated, alpha=scaling).t()
+
+
+def _merging_pays(tokens: int, weight: Tensor) -> bool:
+    out, in_ = weight.shape
+    return tokens * (out + in_) >= MERGE_FROM * out * in_
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _gate(projected: Tensor, E: Tensor, scaling: float) -> Tensor:

@@ -13,27 +13,21 @@ from torch import Tensor
 from .config import Importance
 
 
-def update_averages_(
-    sensitivity: list[Tensor],
-    uncertainty: list[Tensor],
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    beta1: float,
-    beta2: float,
-) -> None:
-    """Ī ← β₁Ī + (1-β₁)I, then Ū ← β₂Ū + (1-β₂)|I - Ī| with the new Ī; in place, entry by entry.
+def update_averages_(sensitivity: Tensor, uncertainty: Tensor, product: Tensor, beta1: float, beta2: float) -> Tensor:
+    """Ī ← β₁Ī + (1-β₁)I, then Ū ← β₂Ū + (1-β₂)|I - Ī| with the new Ī and I = |product|; in place.
 
-    The four lists run in parallel; tensors of one position have one shape.
+    All of one shape; `product` holds θ·∇θ and is used up. Returns whether it was finite, as a bool scalar on
+    its device: if it was not, the averages keep every bit. Nothing here waits for the device.
     """
     with torch.no_grad():
-        current = list(torch._foreach_mul(weights, gradients))
-        torch._foreach_abs_(current)
-        torch._foreach_mul_(sensitivity, beta1)
-        torch._foreach_add_(sensitivity, current, alpha=1 - beta1)
-        torch._foreach_sub_(current, sensitivity)
-        torch._foreach_abs_(current)
-        torch._foreach_mul_(uncertainty, beta2)
-        torch._foreach_add_(uncertainty, current, alpha=1 - beta2)
+        current = product.abs_()
+        finite = current.amax().isfinite() if current.numel() else torch.ones((), dtype=torch.bool)
+        gate = finite.to(current.dtype)  # 0 stops both averages, if only what it multiplies is a number
+        current.nan_to_num_(0.0, 0.0)
+        sensitivity.lerp_(current, gate * (1 - beta1))
+        current.sub_(sensitivity).abs_()
+        uncertainty.lerp_(current, gate * (1 - beta2))
+    return finite
 
 
 def entry_scores(sensitivity: Tensor, uncertainty: Tensor, kind: Importance) -> Tensor:
@@ -42,11 +36,11 @@ def entry_scores(sensitivity: Tensor, uncertainty: Tensor, kind: Importance) -> 
 
 
 def triplet_scores(A: Tensor, E: Tensor, B: Tensor) -> Tensor:
-    """S of equation 9, shape (r,): s(λ) plus the means of s over the row of A and the column of B.
+    """S of equation 9, shape (..., r): s(λ) plus the means of s over the row of A and the column of B.
 
-    A (r, in), E (r, 1), B (out, r) hold the entry scores.
+    A (..., r, in), E (..., r, 1), B (..., out, r) hold the entry scores.
     """
-    return E.view(-1) + (A.mean(dim=1) + B.mean(dim=0))
+    return E.squeeze(-1) + (A.mean(dim=-1) + B.mean(dim=-2))
 
 
 def magnitude_scores(E: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import delta_matrix, like, low_rank_embedding, low_rank_linear
+from .functional import adapted_linear, delta_matrix, like, low_rank_embedding, low_rank_linear
 
 
 class SVDAdapter(nn.Module):
@@ -35,6 +35,7 @@ class SVDAdapter(nn.Module):
     scaling: float
     lora_dropout: float
     adapter_enabled: bool
+    init_capacity: int  # before compaction
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x)
@@ -110,17 +111,39 @@ class SVDAdapter(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-class SVDLinear(SVDAdapter, nn.Linear):
-    """y = x Wᵀ + b + s · x Aᵀ diag(E) Bᵀ."""
+class SVDDense(SVDAdapter):
+    """A matrix product with its bias: y = x Wᵀ + b + s · x Aᵀ diag(E) Bᵀ."""
+
+    bias: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        acts = self.adapter_enabled and not self.merged and self.capacity
+        if not acts or not self._in_one_step(x):
+            return super().forward(x)
+        dropped = self.dropped(x) if self.lora_dropout and self.training else None
+        weight, bias = self.weight.t() if self.transposed else self.weight, self.bias
+        return adapted_linear(x, dropped, weight, bias, (self.lora_A, self.lora_E, self.lora_B), self.scaling)
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        return low_rank_linear(self.dropped(x), self.lora_A, self.lora_E, self.lora_B, self.scaling)
+
+    def _in_one_step(self, x: Tensor) -> bool:
+        """Whether `adapted_linear` may do it: a frozen weight in plain memory, of x's dtype, outside torch.func."""
+        weight = self.weight
+        known = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.requires_grad
+        if torch._C._are_functorch_transforms_active():
+            return False
+        return known and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+
+
+class SVDLinear(SVDDense, nn.Linear):
+    """nn.Linear with an increment."""
 
     base_type = nn.Linear
 
     @staticmethod
     def shape_of(module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features
-
-    def delta_output(self, x: Tensor) -> Tensor:
-        return low_rank_linear(self.dropped(x), self.lora_A, self.lora_E, self.lora_B, self.scaling)
 
 
 class SVDConv(SVDAdapter):

@@ -39,17 +39,21 @@ def add_penalty_gradient_(
     """
     parameters = [p for module in modules for p in (module.lora_A, module.lora_B)]
     rows = [p.detach() if index % 2 == 0 else p.detach().T for index, p in enumerate(parameters)]
-    for index, gradient in enumerate(penalty_gradients(rows, form)):
-        parameter = parameters[index]
-        if not parameter.requires_grad:
-            continue
+    gradients = [g if index % 2 == 0 else g.T for index, g in enumerate(penalty_gradients(rows, form, weight))]
+    own: list[Tensor] = []
+    added: list[Tensor] = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         if id(parameter) in maximized:
             gradient = -gradient
-        gradient = (gradient if index % 2 == 0 else gradient.T) * weight
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is None:
-            parameter.grad = gradient.contiguous()
+            parameter.grad = gradient.clone()
         else:
-            parameter.grad.add_(gradient)
+            own.append(parameter.grad)
+            added.append(gradient)
+    if own:
+        torch._foreach_add_(own, added)
 
 
 def penalty(matrices: Sequence[Tensor], form: OrthForm) -> Tensor:
@@ -60,25 +64,29 @@ def penalty(matrices: Sequence[Tensor], form: OrthForm) -> Tensor:
     return norms.mean() if form == "norm" else norms.square().sum()
 
 
-def penalty_gradients(matrices: Sequence[Tensor], form: OrthForm) -> list[Tensor]:
-    """∂penalty/∂M for each M (r, d), with C = M Mᵀ - I: 2 C M / (n ‖C‖) for "norm", 4 C M for "squared".
+def penalty_gradients(matrices: Sequence[Tensor], form: OrthForm, weight: float | Tensor = 1.0) -> list[Tensor]:
+    """weight · ∂penalty/∂M for each M (r, d), with C = M Mᵀ - I: 2 C M / (n ‖C‖) for "norm", 4 C M for "squared".
 
-    Where C is 0 so is the gradient. Equal shapes are computed together; nothing is added to any graph.
+    Where C is 0 so is the gradient. Equal shapes are computed together, in memory as they lie: what comes back has
+    the strides of its matrix. Nothing is added to any graph.
     """
     gradients: list[Tensor] = [torch.empty(0)] * len(matrices)
-    by_shape: dict[tuple[torch.Size, torch.device], list[int]] = defaultdict(list)
+    alike: dict[tuple[torch.Size, torch.device, bool], list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
-        by_shape[matrix.shape, matrix.device].append(index)
+        alike[matrix.shape, matrix.device, matrix.is_contiguous()].append(index)
     with torch.no_grad():
-        for indices in by_shape.values():
-            stacked = torch.stack([matrices[index] for index in indices])  # (k, r, d)
-            excess = _excess(stacked)  # (k, r, r)
-            factor: Tensor | float = 4.0
+        for (_, _, upright), indices in alike.items():
+            stacked = torch.stack([matrices[index] if upright else matrices[index].T for index in indices])
+            excess = _excess(stacked if upright else stacked.mT)  # (k, r, r)
             if form == "norm":
-                norm = torch.linalg.matrix_norm(excess, keepdim=True)
-                factor = 2.0 / (len(matrices) * norm.clamp_min(torch.finfo(norm.dtype).tiny))
-            for index, gradient in zip(indices, (excess * factor) @ stacked, strict=True):
-                gradients[index] = gradient
+                norm = torch.linalg.vector_norm(excess, dim=(-2, -1), keepdim=True)
+                factor = (2.0 * weight / len(matrices)) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+            else:
+                factor = 4.0 * weight
+            excess = excess * factor
+            together = excess @ stacked if upright else stacked @ excess  # C is symmetric
+            for index, gradient in zip(indices, together, strict=True):
+                gradients[index] = gradient if upright else gradient.T
     return gradients
 
 

@@ -18,6 +18,10 @@ class Phases(Protocol):
     """What of a configuration shapes the schedule: int = steps, float = fraction of the run."""
 
     @property
+    def total_step(self) -> int | None:
+        """Length of the run."""
+
+    @property
     def tinit(self) -> int | float:
         """Warm-up."""
 
@@ -116,3 +120,19 @@ class Schedule:
 def _steps(duration: int | float, total_step: int, most: int) -> int:
     """A duration in steps: as it is, or as a fraction of the run, which fits a run of any length."""
     return max(min(round(duration * total_step), most), 0) if isinstance(duration, float) else duration
+
+
+def run_length(config: Phases, total_step: int | None) -> int:
+    """Optimizer steps of the run, from the configuration or the caller. Raises ConfigError if neither or both say."""
+    if None not in (config.total_step, total_step) and config.total_step != total_step:
+        raise ConfigError(
+            f"the configuration says total_step={config.total_step}, but the loop runs {total_step} steps; "
+            "leave total_step out of one of them."
+        )
+    length = config.total_step if total_step is None else total_step
+    if length is None:
+        raise ConfigError(
+            "how long will training be? Pass RankAllocator(model, total_step=...) in optimizer steps: "
+            "batches per epoch × epochs / gradient accumulation."
+        )
+    return length

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ..functional import low_rank_linear
-from ..layers import SVDAdapter
+from ..layers import SVDDense
 
 
-class SVDConv1D(SVDAdapter, Conv1D):
+class SVDConv1D(SVDDense, Conv1D):
     """y = x W + b + s · x Aᵀ diag(E) Bᵀ with W (in, out)."""
 
     base_type = Conv1D
@@ -20,6 +18,3 @@ class SVDConv1D(SVDAdapter, Conv1D):
     @staticmethod
     def shape_of(module: Any) -> tuple[int, int]:
         return module.nf, module.nx
-
-    def delta_output(self, x: Tensor) -> Tensor:
-        return low_rank_linear(self.dropped(x), self.lora_A, self.lora_E, self.lora_B, self.scaling)

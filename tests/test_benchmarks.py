@@ -1,0 +1,270 @@
+"""The benchmarks run, count what they say, and write tables that do not change when written twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import counts, records, start, step, table, tracer
+from benchmarks.arms import (
+    COMPACT,
+    COMPACTED,
+    EVEN,
+    FLOOR,
+    INIT,
+    LORA,
+    OURS,
+    PEFT_ADALORA,
+    STAGES,
+    Arm,
+    Setting,
+    trained,
+)
+from benchmarks.models import SHAPES, Shape
+from torch import Tensor, nn
+
+from tiny import peft_warnings
+
+TINY = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+MATRICES = {"minilm": 12, "bert-base": 12, "deberta-base": 12, "llama": 14}
+# (out, in) of the six matrices of one layer of TINY, summed.
+SIDES = 4 * (16 + 16) + 2 * (16 + 24)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with peft_warnings():
+        yield
+
+
+def tiny(name: str = "minilm") -> Shape:
+    extra = {"position_buckets": 8, "max_position_embeddings": 64} if name == "deberta-base" else {}
+    return SHAPES[name].smaller(**TINY, **extra)
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "cpu": "a CPU",
+        "cores": 2,
+        "gpu": None,
+        "python": "3.11",
+        "torch": "2",
+        "peft": "0",
+        "transformers": "5",
+        "allocator": {"transparent huge pages": "madvise"},
+    }
+
+
+def cell(tokens: int = 2048, stage: str = "budget") -> dict[str, Any]:
+    arms = {
+        name: {"ms": 10.0, "floor": [1.0, 1.125, 1.25], "lora": [0.75, 0.875, 1.0], "trained": 4, "empty": 3}
+        for name in STAGES[stage]
+    }
+    usual = {"device": "cpu", "dtype": "float32", "update": "default", "environment": environment()}
+    return {"shape": "minilm", "stage": stage, "tokens": tokens, "threads": 1, "dropout": 0.1, "arms": arms, **usual}
+
+
+def test_the_tracer_counts_a_known_function_exactly() -> None:
+    x, mask = torch.randn(4, 4), torch.eye(4, dtype=torch.bool)
+    with tracer.tracing() as counted:
+        x + x  # by nobody: no phase yet
+        counted.enter("one")
+        y = (x @ x.T).exp()  # a product, a power; the transpose is a view
+        torch._foreach_mul_([y, y, y], 2.0)  # one call
+        torch.empty(3)  # only memory
+        counted.enter("two")
+        float(y.sum())  # a sum; the read is an operator
+        y.tolist(), y.numpy()  # two reads without one
+        y[mask]  # the host must know how many
+        y[mask] = 0.0  # a fill: it need not
+        torch.tensor([1.0, 2.0])
+        counted.enter(None)
+        y + y
+    assert counted.calls == {"one": 3, "two": 4}
+    assert counted.syncs["one"] == 0
+    assert counted.syncs["two"] == 4
+    assert counted.lists["two"] == 2, "the 0.0 of the fill is made by the host too"
+    assert torch.ones(2).tolist() == [1.0, 1.0]
+    assert "tolist" not in vars(Tensor)
+
+
+def test_the_optimizers_own_update_is_counted_apart_from_what_hooks_do() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0, foreach=False)
+    optimizer.register_step_pre_hook(lambda *_: [weight.detach().add(1) for _ in range(2)] and None)
+    optimizer.register_step_post_hook(lambda *_: [weight.detach().add(1) for _ in range(3)] and None)
+    weight.grad = torch.ones(3)
+    with tracer.tracing() as counted, tracer.own_update_apart(optimizer, counted):
+        counted.enter("bookkeeping")
+        optimizer.step()
+        counted.enter(None)
+    assert counted.calls == {"bookkeeping": 5, "update": 1}
+
+
+def test_bytes_saved_and_peak_bytes_of_a_known_function() -> None:
+    weight, x = nn.Parameter(torch.randn(256, 256)), torch.randn(256, 256)
+    size = weight.untyped_storage().nbytes()
+
+    def forward() -> Tensor:
+        return (x @ weight).exp().sigmoid().sum()
+
+    # exp and sigmoid keep their results; x and the weight are there anyway.
+    assert tracer.saved_bytes(forward, [weight, x]) == 2 * size
+    assert tracer.saved_bytes(forward, [weight]) == 3 * size
+    # exp's input and result; then exp's and sigmoid's results.
+    assert 2 * size <= tracer.peak_bytes(forward, "cpu") < 2.1 * size
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_builds_with_equal_adapters_on_all_sides(name: str) -> None:
+    setting = Setting(tiny(name), dropout=0.1)
+    arms = {kind: build(setting) for kind, build in STAGES["budget"].items()}
+    sizes = {kind: sum(p.numel() for p in trained(arm.model)) for kind, arm in arms.items()}
+    assert sizes[OURS] == sizes[PEFT_ADALORA] == sizes[LORA] + INIT * MATRICES[name]
+    assert sizes[FLOOR] > 0
+    batch = setting.shape.batch(128 if name != "llama" else 256)
+    losses = [arm.loss(batch).item() for arm in arms.values()]
+    assert losses[:2] == pytest.approx(losses[3:] + losses[:1], rel=1e-4), "adapters begin as the base model"
+    assert losses[2] > losses[0], "PEFT's AdaLoRA adds its regularizer to the loss"
+
+
+def test_a_batch_is_made_of_whole_sequences() -> None:
+    assert SHAPES["minilm"].batch(2048)["input_ids"].shape == (32, 64)
+    assert SHAPES["minilm"].batch(8192)["input_ids"].shape == (64, 128)
+    assert SHAPES["llama"].batch(2048)["labels"].shape == (8, 256)
+    with pytest.raises(ValueError, match="no whole number of sequences of 64"):
+        SHAPES["minilm"].batch(100)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_round_of_every_arm_gives_paired_ratios(stage: str) -> None:
+    record = step.measure(Setting(tiny()), 64, stage, rounds=3, threads=1)
+    assert list(record["arms"]) == list(STAGES[stage])
+    for row in record["arms"].values():
+        assert 0 < row["floor"][0] <= row["floor"][1] <= row["floor"][2]
+        assert 0 < row["lora"][0] <= row["lora"][1] <= row["lora"][2]
+    assert record["arms"][FLOOR]["floor"] == record["arms"][LORA]["lora"] == [1.0, 1.0, 1.0]
+    assert record["environment"] == records.environment()
+    if stage == "compacted":
+        lora, even = record["arms"][LORA]["trained"], record["arms"][EVEN]["trained"]
+        assert lora == COMPACT * 2 * SIDES
+        assert even == lora + COMPACT * MATRICES["minilm"]
+        assert record["arms"][EVEN]["empty"] == 0
+
+
+def test_every_arm_is_first_equally_often_and_has_changing_predecessors() -> None:
+    orders = [step.order("abcd", turn) for turn in range(8)]
+    assert all(sorted(names) == list("abcd") for names in orders)
+    assert [names.index("a") for names in orders] == [0, 0, 2, 2, 0, 0, 2, 2]
+    before = {names[names.index("c") - 1] for names in orders if names[0] != "c"}
+    assert before == {"b", "d"}
+
+
+def test_a_cell_is_kept_only_if_it_answers_the_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "step.json"
+    setting = Setting(tiny())
+    step.run(setting, 64, "budget", 1, rounds=2, again=False, out=out)
+    first = out.read_text()
+    step.run(setting, 64, "budget", 1, rounds=2, again=False, out=out)
+    assert "known, kept" in capsys.readouterr().out
+    assert out.read_text() == first
+    step.run(setting, 128, "budget", 1, rounds=2, again=False, out=out)
+    cells = records.load(out)
+    assert sorted(c["tokens"] for c in cells.values()) == [64, 128]
+    known = next(iter(cells.values()))
+    assert step.is_known(known, "cpu", rounds=2)
+    assert not step.is_known(known, "cpu", rounds=3)
+    assert not step.is_known(known | {"environment": environment()}, "cpu", rounds=2)
+
+
+def test_counts_of_an_arm_add_up() -> None:
+    setting = Setting(tiny())
+    batch = setting.shape.batch(128)
+    rows = {name: counts.examine(build, setting, batch) for name, build in STAGES["budget"].items()}
+    for row in rows.values():
+        assert row["total"] == sum(row["calls"][phase] for phase in counts.PHASES)
+        assert row["peak"] == row["resident"] + row["temporary"]
+        assert row["resident"] > 0 < row["temporary"]
+    assert rows[FLOOR]["calls"]["bookkeeping"] == rows[LORA]["calls"]["bookkeeping"] == 0
+    assert rows[LORA]["importance state"] == 0
+    # One read of the threshold and one of the mask for each matrix; three averages of four bytes.
+    assert rows[PEFT_ADALORA]["syncs"] == 1 + MATRICES["minilm"]
+    assert rows[PEFT_ADALORA]["importance state"] >= 12 * rows[PEFT_ADALORA]["trained"]
+    # Two moments of four bytes, and a step of four for each parameter tensor.
+    assert rows[LORA]["optimizer state"] == 8 * rows[LORA]["trained"] + 4 * 2 * MATRICES["minilm"]
+
+
+def test_counts_do_not_wobble() -> None:
+    setting = Setting(tiny())
+    batch = setting.shape.batch(128)
+    build = STAGES["budget"][OURS]
+    assert counts.examine(build, setting, batch) == counts.examine(build, setting, batch)
+
+
+def test_compaction_gives_back_memory() -> None:
+    setting = Setting(tiny())
+    arm, even = (COMPACTED[name](setting) for name in (OURS, EVEN))
+    full: Arm = STAGES["budget"][OURS](setting)
+    before, after = (sum(p.numel() for p in trained(x.model)) for x in (full, even))
+    assert after * INIT == before * COMPACT
+    loss = arm.loss(setting.shape.batch(64)).item()
+    assert loss == pytest.approx(full.loss(setting.shape.batch(64)).item(), rel=0.05)
+
+
+def test_writing_the_tables_twice_changes_nothing() -> None:
+    document = "# A\n<!-- bench:step -->\nold\n<!-- /bench:step -->\nend\n"
+    cells = [cell(2048), cell(64, "compacted")]
+    once = table.regenerate(document, "step", cells)
+    assert table.regenerate(once, "step", cells) == once
+    assert once.startswith("# A\n<!-- bench:step -->\n") and once.endswith("<!-- /bench:step -->\nend\n")
+    assert "old" not in once
+    assert "| minilm | 2,048 | 1 | 0.1 | 10 | 1.12 [1.00, 1.25] |" in once
+    assert "| minilm | 64 | 1 | 0.1 | 3 | 10 | 1.12 [1.00, 1.25] |" in once
+    assert once.count("Measured on a CPU, 2 cores; torch 2, peft 0, transformers 5, Python 3.11; allocator: ") == 1
+    with pytest.raises(ValueError, match="no <!-- bench:counts -->"):
+        table.regenerate(document, "counts", cells)
+    assert "Not measured yet." in table.regenerate(document, "step", [])
+
+
+def test_rows_are_sorted_by_number() -> None:
+    found = sorted([cell(8192), cell(256), cell(2048), cell(256, "compacted")], key=table._place)
+    assert [(c["stage"], c["tokens"]) for c in found] == [
+        ("budget", 256),
+        ("budget", 2048),
+        ("budget", 8192),
+        ("compacted", 256),
+    ]
+
+
+def test_the_document_has_every_table() -> None:
+    document = table.DOCUMENT.read_text()
+    for name in table.TABLES:
+        document = table.regenerate(document, name, [])
+    assert document.count("Not measured yet.") == 3
+
+
+def test_what_is_on_the_command_line_is_what_runs(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setitem(SHAPES, "minilm", tiny())
+    monkeypatch.setattr(records, "store", lambda *_: pytest.fail("--quick stores nothing"))
+    step.main(["--quick", "--tokens", "64", "--stage", "budget", "--dropout", "0.1"])
+    assert "minilm/budget/64 tokens/1 threads/dropout 0.1/cpu float32 default, 2 rounds" in capsys.readouterr().out
+
+
+def test_allocator_settings_are_recorded() -> None:
+    found = records.allocator_settings({"MALLOC_TOP_PAD_": "1", "LD_PRELOAD": "x.so", "HOME": "/"})
+    assert found.items() >= {"MALLOC_TOP_PAD_": "1", "LD_PRELOAD": "x.so"}.items()
+    assert "HOME" not in found
+
+
+def test_help_does_not_import_torch_and_the_record_is_json() -> None:
+    assert start.help_imports_torch() is False
+    assert 0 < start.import_seconds("import adalora") < 10
+    row = {"import adalora": [1, 2, 3], "every public name": [1, 2, 3], "adalora --help": [1, 2, 3]}
+    assert "| 2.0 [1.0, 3.0] | 2.0 [1.0, 3.0] | 2 [1, 3] | no |" in table.start_table(
+        [row | {"help imports torch": False}]
+    )
+    assert json.loads(json.dumps(records.environment())) == records.environment()
