@@ -27,12 +27,15 @@ CORE = (
     {"export"},
 )
 RINGS = (
+    {"sections"},
     {"integrations", "recipe"},
     {"methods", "tasks"},
-    {"plan", "card", "records", "resolve"},
+    {"plan", "card", "records", "resolve", "htmlreport"},
+    {"resuming"},
     {"train"},
     {"compare", "summary"},
     {"demo"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 )

@@ -7,7 +7,9 @@ from transformers import EvalPrediction
 
 from adalora.errors import DataError
 from adalora.recipe import Recipe, load_recipe
+from adalora.sections import QuestionsData
 from adalora.tasks import data as data_module
+from adalora.tasks.base import build_processor_task
 from adalora.tasks.classification import build_task
 from adalora.tasks.data import load_splits
 from folders import rows, save_bert, write
@@ -71,9 +73,10 @@ def test_a_hub_data_set_is_loaded_by_name_and_its_splits_are_checked(
     [
         ("data.train=nowhere.jsonl", "no such file"),
         ("data.train=model.bin", "readable are"),
-        ("data.text=sentence", "no column 'sentence'; its columns are text, label, pair, score"),
+        ("data.text=sentence", "no column 'sentence', which data.text names; its columns are text, label, pair, score"),
         ("data.text_pair=other", "no column 'other'"),
-        ("metric=pearson", "use accuracy or macro_f1 or matthews"),
+        ("metric=pearson", "use accuracy or macro_f1 or matthews or f1 or mean_accuracy_f1"),
+        ("data.label=score metric=f1", "column 'score' holds numbers; use pearson or spearman or mean_"),
         ("data.text=score", "column 'score' must hold text in every row; 40 of 40 rows do not, the first is row 0"),
         ("data.validation=odd.jsonl", r"label 'stone' in column 'label' \(row 0; 1 of 1 rows\) does not occur"),
         ("data.train=empty.jsonl", "data.train"),
@@ -91,7 +94,7 @@ def test_a_wrong_file_or_column_is_one_clear_error(folder: Path, setting: str, m
     if value.endswith((".jsonl", ".bin")):
         setting = f"{key}={folder / value}"
     with pytest.raises(DataError, match=message):
-        build_task(str(folder), recipe(folder, setting))
+        build_task(str(folder), recipe(folder, *setting.split(" ")))
 
 
 LABELLED = [{"text": "cat", "label": "animal"}, {"text": "oak", "label": "plant"}] * 2
@@ -190,7 +193,7 @@ def test_a_quote_in_tsv_and_words_for_nothing_are_text(folder: Path) -> None:
     assert rows["label"][:] == [0, 1] * 3
     (folder / "words.csv").write_text("text,label\ncat,None\noak,NA\nfir,\n")
     with pytest.raises(DataError, match=r"in 1 of 3 rows, first in row 2"):
-        load_splits(recipe(folder, f"data.train={folder / 'words.csv'}").data, seed=0)
+        build_task(str(folder), recipe(folder, f"data.train={folder / 'words.csv'}"))
 
 
 def test_a_mistake_is_told_once_and_in_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -213,7 +216,13 @@ def test_labels_are_sorted_names_and_rows_are_cut_to_length(folder: Path) -> Non
     assert set(task.splits["validation"]["length"]) == {4}
     model = task.build_model(str(folder), recipe(folder))
     assert model.config.id2label == {0: "animal", 1: "plant"}
-    assert set(task.predict(model.eval(), ["the cat", "oak"])) <= {"animal", "plant"}
+    answers = task.predict(model.eval(), [{"text": "the cat", "pair": "a"}, {"text": "oak", "pair": "the"}])
+    for answer in answers:
+        assert answer["scores"].keys() == {"animal", "plant"}
+        assert sum(answer["scores"].values()) == pytest.approx(1.0)
+        assert answer["score"] == max(answer["scores"].values()) == answer["scores"][answer["label"]]
+    with pytest.raises(DataError, match="the input: column 'pair' must hold text in every row; 1 of 2 rows do not"):
+        task.predict(model, [{"text": "cat", "pair": "a"}, {"text": "oak"}])
 
 
 def test_metrics_equal_hand_counted_numbers(folder: Path) -> None:
@@ -223,6 +232,98 @@ def test_metrics_equal_hand_counted_numbers(folder: Path) -> None:
     assert scores["accuracy"] == 0.75
     assert scores["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     assert scores["matthews"] == pytest.approx((2 * 1 - 0 * 1) / np.sqrt(2 * 3 * 1 * 2))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_metrics_of_glue_are_those_of_their_formulas(folder: Path, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    truth, logits = generator.integers(0, 2, 50), generator.normal(size=(50, 2))
+    scores = build_task(str(folder), recipe(folder)).compute_metrics(EvalPrediction(logits, truth))
+    guess = logits.argmax(-1)
+    hits, extra, missed = ((guess & truth).sum(), (guess & ~truth & 1).sum(), (~guess & truth & 1).sum())
+    f1, accuracy = 2 * hits / (2 * hits + extra + missed), (guess == truth).mean()
+    wanted = {"accuracy": accuracy, "f1": f1, "mean_accuracy_f1": (accuracy + f1) / 2}
+    wanted["matthews"] = np.corrcoef(guess, truth)[0, 1]  # of two classes, Pearson's correlation
+    assert {name: scores[name] for name in wanted} == pytest.approx(wanted)
+    numbers, values = generator.normal(size=(50, 1)), generator.normal(size=50)
+    task = build_task(str(folder), recipe(folder, "data.label=score"))
+    scores = task.compute_metrics(EvalPrediction(numbers, values))
+    ranks = [np.argsort(np.argsort(x)) for x in (numbers[:, 0], values)]
+    wanted = {"pearson": np.corrcoef(numbers[:, 0], values)[0, 1], "spearman": np.corrcoef(*ranks)[0, 1]}
+    wanted["mean_pearson_spearman"] = sum(wanted.values()) / 2
+    assert scores == pytest.approx(wanted)
+
+
+def test_more_classes_have_no_f1_of_the_second_one(folder: Path) -> None:
+    file = write(folder / "three.jsonl", [*LABELLED, {"text": "old", "label": "thing"}])
+    both = [f"data.train={file}", f"data.validation={file}"]
+    scores = build_task(str(folder), recipe(folder, *both)).compute_metrics(
+        EvalPrediction(np.eye(3), np.array([0, 1, 2]))
+    )
+    assert scores == {"accuracy": 1.0, "macro_f1": 1.0, "matthews": 1.0}
+    with pytest.raises(DataError, match=r"metric is 'f1', but column 'label' holds classes \(3\); use accuracy"):
+        build_task(str(folder), recipe(folder, *both, "metric=f1"))
+
+
+def test_correlations_with_a_constant_are_not_numbers(folder: Path) -> None:
+    task = build_task(str(folder), recipe(folder, "data.label=score"))
+    for guess, truth in (([[1.0], [1.0]], [0.0, 1.0]), ([[1.0]], [0.0])):
+        scores = task.compute_metrics(EvalPrediction(np.array(guess), np.array(truth)))
+        assert all(np.isnan(value) for value in scores.values()) and len(scores) == 3
+
+
+def test_without_data_a_task_predicts_classes_and_numbers(folder: Path) -> None:
+    task = build_processor_task(str(folder), recipe(folder), ["animal", "plant"])
+    model = task.build_model(str(folder), recipe(folder)).eval()
+    assert task.predict(model, []) == []
+    assert task.predict(model, [{"text": "cat"}])[0].keys() == {"label", "score", "scores"}
+    numbers = recipe(folder, "data.label=score")
+    task = build_processor_task(str(folder), numbers, [])
+    (answer,) = task.predict(task.build_model(str(folder), numbers).eval(), [{"text": "cat", "score": 1.0}])
+    assert answer.keys() == {"value"} and isinstance(answer["value"], float)
+
+
+def test_both_validation_sets_of_mnli_can_be_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = Features(
+        {"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=["e", "c"])}
+    )
+    parts = {
+        name: Dataset.from_dict({"premise": [text] * 2, "hypothesis": ["the"] * 2, "label": [0, 1]}, features=features)
+        for name, text in (("train", "old"), ("validation_matched", "cat"), ("validation_mismatched", "oak"))
+    }
+    monkeypatch.setattr(data_module, "load_dataset", lambda *_: DatasetDict(parts))
+    columns = ["data.name=nyu-mll/glue", "data.config=mnli", "data.text=premise", "data.text_pair=hypothesis"]
+    splits = ["data.train=train", "data.validation=validation_matched", "data.test=validation_mismatched"]
+    task = build_task(str(folder), recipe(folder, *columns, *splits))
+    first = {split: task.processor.decode(rows[0]["input_ids"][:1]) for split, rows in task.splits.items()}
+    assert first == {"train": "old", "validation": "cat", "test": "oak"}
+
+
+def test_limits_take_the_first_rows_behind_the_held_out_ones(folder: Path) -> None:
+    whole = load_splits(recipe(folder, "data.validation=null").data, seed=3)
+    cut = load_splits(
+        recipe(folder, "data.validation=null", "data.train_rows=5", "data.validation_rows=2").data, seed=3
+    )
+    assert cut["train"][:] == whole["train"][:5] and cut["validation"][:] == whole["validation"][:2]
+    more = load_splits(recipe(folder, "data.train_rows=41", "data.validation_rows=3").data, seed=3)
+    assert (len(more["train"]), len(more["validation"])) == (40, 3)
+
+
+def test_lists_and_records_in_columns_stay_what_they_are(folder: Path) -> None:
+    items: list[dict[str, object]] = [
+        {"text": "a", "answers": {"text": ["x", "y"], "answer_start": [0, 4]}, "tags": ["B", "O"]},
+        {"text": "b", "answers": {"text": [], "answer_start": []}, "tags": []},
+    ]
+    seen: list[tuple[str, int]] = []
+    for ending in ("jsonl", "parquet"):
+        file = write(folder / f"nested.{ending}", items)
+        section = QuestionsData(train=str(file), validation=str(file), train_rows=1)
+        splits = load_splits(section, 0, ("answers",), lambda split, rows: seen.append((split, len(rows))))
+        assert [dict(row) for row in splits["validation"]] == items
+        assert len(splits["train"]) == 1
+    assert seen == [("train", 2), ("validation", 2)] * 2  # whole, before they are cut
+    with pytest.raises(DataError, match=r"no column 'question', which data.question names; its columns are text, ans"):
+        load_splits(section, 0, ("answers", "question"))
 
 
 def test_metrics_take_the_logits_of_an_encoder_and_decoder(folder: Path) -> None:

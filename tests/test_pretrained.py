@@ -12,6 +12,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2Model,
     DistilBertConfig,
     DistilBertModel,
     GPT2Config,
@@ -45,6 +47,7 @@ BERT = {
 }
 T5 = T5Config(vocab_size=SIZE, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, eos_token_id=3)
 T5.decoder_start_token_id = 0  # published checkpoints say so
+DEBERTA = {"intermediate_size": 64, "max_position_embeddings": 128, "pad_token_id": 0}
 GPT2 = GPT2Config(vocab_size=SIZE, n_embd=32, n_layer=2, n_head=2, n_positions=128)
 BART = BartConfig(
     vocab_size=SIZE,
@@ -134,6 +137,23 @@ def test_a_broken_file_is_one_line(tmp_path: Path, name: str, part: float) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_entries_of_the_models_configuration_can_be_set(tmp_path: Path) -> None:
+    save_bert(tmp_path)
+    wanted = recipe(tmp_path, "model.config={hidden_dropout_prob: 0.3, classifier_dropout: 0.2}")
+    model = build_task(str(tmp_path), wanted).build_model(str(tmp_path), wanted)
+    assert (model.config.hidden_dropout_prob, model.dropout.p, model.config.num_labels) == (0.3, 0.2, 2)
+    with pytest.raises(ConfigError, match=r"no key 'model.config.hiden_dropout_prob' .*; did you mean 'hidden_dropout"):
+        build(tmp_path, "model.config={hiden_dropout_prob: 0.3}")
+
+
+def test_entries_that_only_the_models_code_knows_can_be_set(tmp_path: Path) -> None:
+    config = DebertaV2Config(vocab_size=SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **DEBERTA)
+    save_other(tmp_path, DebertaV2Model, config, **ENDED)
+    wanted = recipe(tmp_path, "model.config={cls_dropout: 0.15}", "method.modules_to_save=[classifier, pooler]")
+    model = build_task(str(tmp_path), wanted).build_model(str(tmp_path), wanted)
+    assert model.dropout.p == 0.15 and model.config.num_labels == 2
+
+
 @pytest.mark.parametrize("name", ["/no/such/model", "./model", "../model"])
 def test_a_path_that_does_not_exist_is_no_hub_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="there is no such folder"):
@@ -178,7 +198,8 @@ def test_other_architectures_train_evaluate_and_reload(
     result = run(recipe(base, *fast), tmp_path / "out", Console(quiet=True))
     assert result.steps == 4 and 0 <= result.scores["accuracy"] <= 1
     assert result.report is not None and result.report.total_rank == 4 * len(result.report.rows)
-    assert set(result.task.predict(result.model.eval(), ["the cat [SEP]", "oak [SEP]"])) <= {"animal", "plant"}
+    answers = result.task.predict(result.model.eval(), [{"text": "the cat [SEP]"}, {"text": "oak [SEP]"}])
+    assert {answer["label"] for answer in answers} <= {"animal", "plant"}
 
 
 def test_loggers_are_silent_only_meanwhile(caplog: pytest.LogCaptureFixture) -> None:

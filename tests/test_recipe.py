@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from adalora.errors import ConfigError
 from adalora.methods import build_method
 from adalora.recipe import load_recipe, recipe_names
+from adalora.sections import DATA, METRICS
 
 MINIMAL = "model: {name_or_path: some/model}\ndata: {train: a.jsonl}\nmethod: {name: adalora, init_r: 4, target_r: 2}\n"
 
@@ -17,12 +19,47 @@ def file(tmp_path: Path) -> str:
 
 
 def test_every_built_in_recipe_is_valid_and_dumps_to_an_equal_recipe(tmp_path: Path) -> None:
-    assert recipe_names() == ["docstrings", "docstrings-lora", "text-classification"]
+    assert {"docstrings", "docstrings-lora", "text-classification"} <= set(recipe_names())
+    again = tmp_path / "again.yaml"
     for name in recipe_names():
         recipe = load_recipe(name)
-        again = tmp_path / f"{name}.yaml"
         again.write_text(recipe.dump())
         assert load_recipe(str(again)) == recipe
+
+
+@pytest.mark.parametrize(
+    "task,own",
+    [
+        ("classification", {"text_pair": "b", "kind": "numbers"}),
+        ("token-classification", {"tokens": "words", "tags": "ner_tags"}),
+        ("question-answering", {"no_answer": True, "stride": 64}),
+        ("seq2seq", {"source": "document", "length_penalty": 0.5}),
+        ("causal-lm", {"kind": "messages", "answer_pattern": r"#### (.+)", "completion_only": False}),
+        ("image-classification", {"image": "img"}),
+    ],
+)
+def test_each_task_has_its_own_data_and_metrics_and_dumps_to_an_equal_recipe(
+    file: str, tmp_path: Path, task: str, own: dict[str, object]
+) -> None:
+    section = f"data={json.dumps(own | {'train': 'a.jsonl', 'train_rows': 7})}"
+    for metric in METRICS[task]:
+        recipe = load_recipe(file, [f"task={task}", section, f"metric={metric}"])
+        assert type(recipe.data) is DATA[task] and recipe.data.train_rows == 7
+        assert {key: getattr(recipe.data, key) for key in own} == own
+        (tmp_path / "again.yaml").write_text(recipe.dump())
+        assert load_recipe(str(tmp_path / "again.yaml")) == recipe
+
+
+def test_what_belongs_to_another_task_is_refused(file: str) -> None:
+    with pytest.raises(ConfigError, match=r"there is no key 'data.text'; did you mean 'test'\?"):
+        load_recipe(file, ["task=question-answering", "data.text=a"])
+    with pytest.raises(ConfigError, match=r"metric is 'f1': seq2seq has no such metric; known are: rouge2, rouge1"):
+        load_recipe(file, ["task=seq2seq", "metric=f1"])
+    with pytest.raises(ConfigError, match=r"metric is 'acuracy': classification .* did you mean 'accuracy'\?"):
+        load_recipe(file, ["metric=acuracy"])
+    with pytest.raises(ConfigError) as caught:  # and the unknown task alone is the mistake
+        load_recipe(file, ["task=summarization", "metric=rouge2", "data.source=a"])
+    assert str(caught.value).count(";") == 0 and "task is 'summarization'" in str(caught.value)
 
 
 def test_settings_go_on_top_of_the_file_and_the_seed_on_top_of_both(file: str) -> None:

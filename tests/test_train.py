@@ -93,6 +93,7 @@ def test_the_folder_holds_what_was_promised(finished: tuple[RunResult, list[str]
     result, _ = finished
     names = {path.name for path in result.folder.iterdir()}
     files = {"recipe.yaml", "metrics.jsonl", "ranks.jsonl", "result.json", "README.md", "ranks.png", "budget.png"}
+    files.add("report.html")
     assert names == files | {"adapter", "checkpoints"}
     metrics = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in metrics if "loss" in record] == list(range(2, 97, 2))
@@ -179,7 +180,8 @@ def test_the_adapter_loads_into_a_fresh_base_and_classifies(finished: tuple[RunR
     result, _ = finished
     base = result.task.build_model(str(world / "bert"), load_recipe("text-classification", settings(world)))
     model = adalora.load_adapter(base, result.folder / "adapter").eval()
-    assert result.task.predict(model, ["hen", "a fir"]) == ["animal", "plant"]
+    answers = result.task.predict(model, [{"text": "hen"}, {"text": "a fir"}])
+    assert [answer["label"] for answer in answers] == ["animal", "plant"]
 
 
 def test_lora_of_a_given_size_comes_as_near_as_one_rank_of_one_module(world: Path, tmp_path: Path) -> None:
@@ -246,9 +248,16 @@ def test_a_signal_ends_the_run_with_everything_saved(
         ("training.per_device_train_batch_size=0", "it must be a whole number, finite and at least 1"),
         ("training.fp16=maybe", "it must be true or false"),
         ("training.adam_beta1=2", "in section training: Invalid beta parameter"),
-        ("training.report_to=wandb", "in section training"),
+        (
+            "training.report_to=wandb",
+            "'training.report_to' names 'wandb', which is not installed here: pip install wandb",
+        ),
+        ("training.report_to=[trackio]", "pip install trackio"),
+        ("training.early_stopping_patience=0", "must be a whole number of evaluations, at least 1, not 0"),
+        ("training={early_stopping_patience: 2, eval_strategy: 'no'}", "nothing is evaluated while training"),
+        ("training={load_best_model_at_end: true, save_strategy: 'no'}", "in section training"),
         ("training.push_to_hub=true", "a run stays on this machine"),
-        ("training.resume_from_checkpoint=x", "a run starts at its first step"),
+        ("training.resume_from_checkpoint=x", "use --resume"),
         ("training.deepspeed=x.json", "would shard the adapter"),
         ("model.name_or_path=/no/such/model", "/no/such/model"),
         ("model.name_or_path=package:other", "the only packaged model"),

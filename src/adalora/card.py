@@ -11,6 +11,17 @@ import yaml
 from .methods.base import ParameterCount
 from .recipe import Recipe
 from .report import RankReport
+from .sections import ClassificationData, InstructionsData, PairsData, QuestionsData, TokensData
+
+# Of each task: the hub's name for it, and the classes that load model and processor.
+_KINDS = {
+    "classification": ("text-classification", "AutoModelForSequenceClassification", "AutoTokenizer"),
+    "token-classification": ("token-classification", "AutoModelForTokenClassification", "AutoTokenizer"),
+    "question-answering": ("question-answering", "AutoModelForQuestionAnswering", "AutoTokenizer"),
+    "seq2seq": ("summarization", "AutoModelForSeq2SeqLM", "AutoTokenizer"),
+    "causal-lm": ("text-generation", "AutoModelForCausalLM", "AutoTokenizer"),
+    "image-classification": ("image-classification", "AutoModelForImageClassification", "AutoImageProcessor"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,9 +43,9 @@ def model_card(recipe: Recipe, facts: CardFacts, report: RankReport | None) -> s
     method = str(recipe.method["name"])
     title = Path(facts.base).name if _is_local(facts.base) else facts.base
     parts = [
-        _front_matter(method, facts.base),
+        _front_matter(method, facts.base, recipe.task),
         [f"# {title} adapted with {method}", ""],
-        _what_it_is(facts),
+        _what_it_is(recipe, facts),
         _scores(facts),
         [] if report is None else ["## Where the ranks went", "", *_fenced("", report.heatmap(color=False))],
         ["## Load it", "", "In this folder:", "", *_fenced("python", loading_code(recipe, facts))],
@@ -45,48 +56,102 @@ def model_card(recipe: Recipe, facts: CardFacts, report: RankReport | None) -> s
 
 
 def loading_code(recipe: Recipe, facts: CardFacts) -> str:
-    """A complete program that loads the adapter in ./adapter and classifies one text."""
+    """A complete program that loads the adapter in ./adapter and uses it on one input."""
     ours = recipe.method["name"] == "adalora"
-    names = facts.labels or ["score"]
-    options = [f"num_labels={len(names)}", f"id2label={dict(enumerate(names))!r}"]
-    options += [] if facts.labels else ['problem_type="regression"']
-    if not _is_local(facts.base) and recipe.model.revision:
-        options.append(f"revision={recipe.model.revision!r}")
-    if recipe.model.trust_remote_code:
-        options.append("trust_remote_code=True")
+    _, auto, processor = _KINDS[recipe.task]
+    classes = sorted({auto, processor, *(["AutoConfig"] if recipe.model.config else [])})
     load = "adalora.load_adapter" if ours else "peft.PeftModel.from_pretrained"
-    texts = '"one text", "another"' if recipe.data.text_pair else '"one text"'
-    answer = "model.config.id2label[int(logits.argmax())]" if facts.labels else "float(logits)"
     return "\n".join(
         [
             *(["import adalora"] if ours else ["import peft"]),
             "import torch",
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+            *(["from PIL import Image"] if recipe.task == "image-classification" else []),
+            f"from transformers import {', '.join(classes)}",
             "",
-            "base = AutoModelForSequenceClassification.from_pretrained(",
-            f"    {facts.base!r}, {', '.join(options)}",
-            ")",
+            *_base_code(recipe, facts, auto),
             f'model = {load}(base, "adapter").eval()',
-            'tokenizer = AutoTokenizer.from_pretrained("adapter")',
-            "with torch.no_grad():",
-            f'    logits = model(**tokenizer({texts}, return_tensors="pt")).logits',
-            f"print({answer})",
+            f'{processor.removeprefix("Auto").lower()} = {processor}.from_pretrained("adapter")',
+            *_usage(recipe, facts),
         ]
     )
 
 
-def _front_matter(method: str, base: str) -> list[str]:
-    tags = [method, "parameter-efficient-fine-tuning", "text-classification"]
-    front = {"library_name": "peft", "tags": tags, "pipeline_tag": "text-classification"}
+def _base_code(recipe: Recipe, facts: CardFacts, auto: str) -> list[str]:
+    """Lines that load the base model as `base`."""
+    options = []
+    if "classification" in recipe.task:
+        names = facts.labels or ["score"]
+        options += [f"num_labels={len(names)}", f"id2label={dict(enumerate(names))!r}"]
+        options += [] if facts.labels else ['problem_type="regression"']
+    if not _is_local(facts.base) and recipe.model.revision:
+        options.append(f"revision={recipe.model.revision!r}")
+    if recipe.model.trust_remote_code:
+        options.append("trust_remote_code=True")
+    call = [f"    {', '.join([repr(facts.base), *options])}", ")"]
+    if not recipe.model.config:
+        return [f"base = {auto}.from_pretrained(", *call]
+    changed = f"vars(config).update({recipe.model.config!r})"
+    return [
+        "config = AutoConfig.from_pretrained(",
+        *call,
+        changed,
+        f"base = {auto}.from_pretrained({facts.base!r}, config=config)",
+    ]
+
+
+def _usage(recipe: Recipe, facts: CardFacts) -> list[str]:
+    """Lines that put one input in and print what comes out."""
+    data = recipe.data
+    if isinstance(data, QuestionsData):
+        return [
+            'batch = tokenizer("a question", "the context with its answer", return_tensors="pt")',
+            "with torch.no_grad():",
+            "    output = model(**batch)",
+            "start, end = int(output.start_logits.argmax()), int(output.end_logits.argmax())",
+            'print(tokenizer.decode(batch["input_ids"][0, start : end + 1]))',
+        ]
+    if isinstance(data, PairsData | InstructionsData):
+        text = data.prefix + "one text" if isinstance(data, PairsData) else "one prompt, as the recipe renders it"
+        limit = data.max_target_length if isinstance(data, PairsData) else data.max_new_tokens
+        beams = f"num_beams={data.num_beams}, " if isinstance(data, PairsData) else ""
+        return [
+            f'batch = tokenizer({text!r}, return_tensors="pt")',
+            "with torch.no_grad():",
+            f"    ids = model.generate(**batch, {beams}max_new_tokens={limit})",
+            "print(tokenizer.decode(ids[0], skip_special_tokens=True))",
+        ]
+    if isinstance(data, TokensData):
+        return [
+            'batch = tokenizer(["some", "words"], is_split_into_words=True, return_tensors="pt")',
+            "with torch.no_grad():",
+            "    best = model(**batch).logits[0].argmax(-1)",
+            "print([(token, model.config.id2label[int(i)]) for token, i in zip(batch.tokens(), best)])",
+        ]
+    source = 'imageprocessor(Image.open("image.png"), return_tensors="pt")'
+    if isinstance(data, ClassificationData):
+        texts = '"one text", "another"' if data.text_pair else '"one text"'
+        source = f'tokenizer({texts}, return_tensors="pt")'
+    answer = "model.config.id2label[int(logits.argmax())]" if facts.labels else "float(logits)"
+    return ["with torch.no_grad():", f"    logits = model(**{source}).logits", f"print({answer})"]
+
+
+def _front_matter(method: str, base: str, task: str) -> list[str]:
+    pipeline = _KINDS[task][0]
+    tags = [method, "parameter-efficient-fine-tuning", pipeline]
+    front = {"library_name": "peft", "tags": tags, "pipeline_tag": pipeline}
     if not _is_local(base):  # the hub refuses a card whose base_model is no hub name
         front = {"base_model": base, **front}
     return ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
 
 
-def _what_it_is(facts: CardFacts) -> list[str]:
+def _what_it_is(recipe: Recipe, facts: CardFacts) -> list[str]:
     count = facts.count
     size = f"{count.final:,} adapter parameters (at most {count.peak:,} while training) and {count.head:,} in the head."
-    kind = f"{len(facts.labels)} classes: {', '.join(facts.labels)}." if facts.labels else "It predicts one number."
+    kind = f"Task: {recipe.task}."
+    if facts.labels:
+        kind = f"{len(facts.labels)} classes: {', '.join(facts.labels)}."
+    elif recipe.task == "classification":
+        kind = "It predicts one number."
     rows = ", ".join(f"{number:,} {split}" for split, number in facts.rows.items())
     end = f"stopped early: {facts.stopped}" if facts.stopped else "the whole run"
     return [size, "", kind, "", f"Rows: {rows}. {facts.steps:,} steps, {end}.", ""]

@@ -1,50 +1,63 @@
-"""The command line. Heavy imports stay inside the commands, so that --help needs no torch."""
+"""The command line: which commands there are. What they do is in `commands`."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
-import logging
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib import resources
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.text import Text
 
-from .errors import AdaLoraError, ConfigError
+from .commands.comparing import COMPARE_EPILOG, compare
+from .commands.exporting import EXPORT_EPILOG, MERGE_EPILOG, export, merge
+from .commands.inspecting import INSPECT_EPILOG, inspect
+from .commands.planning import PLAN_EPILOG, plan
+from .commands.pushing import PUSH_EPILOG, push
+from .commands.recipes import CHECK_EPILOG, COPY_EPILOG, RECIPES_EPILOG, check, copy, recipes
+from .commands.reporting import REPORT_EPILOG, report
+from .commands.training import DEMO_EPILOG, TRAIN_EPILOG, demo, train
+from .commands.using import EVALUATE_EPILOG, PREDICT_EPILOG, evaluate, predict
+from .errors import AdaLoraError
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+_TRAINING, _USING, _RUNS = "Train", "Use what was trained", "Look at runs"
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_HELP,
     help="Fine-tune pre-trained models on a small parameter budget with AdaLoRA.",
+    epilog="Begin with: adalora demo. Exit codes: 0 done, 1 a bug of ours, 2 a mistake in the input.",
 )
+recipes_app = typer.Typer(invoke_without_command=True, epilog=RECIPES_EPILOG, context_settings=_HELP)
+config_app = typer.Typer(no_args_is_help=True, help="Check a recipe.", context_settings=_HELP)
 
-
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value; repeatable.")
-]
-
-
-_DEMO_FOLDER = Path("runs/demo")
-_EXIT_CODES = {"interrupted": 130, "terminated": 143}  # as the shell names death by SIGINT and SIGTERM
-_TRAIN_EPILOG = (
-    "Example: adalora train text-classification --set data.train=train.jsonl --set training.learning_rate=1e-3\n\n"
-    "Exit codes: 0 done; 1 a bug, please report it; 2 a mistake in the input or a run that failed; 130 and 143 "
-    "stopped by Ctrl-C or SIGTERM, with everything saved."
-)
+for _command, _epilog, _panel, _short in (
+    (plan, PLAN_EPILOG, _TRAINING, "Parameters, file, memory, time, schedule; without training."),
+    (train, TRAIN_EPILOG, _TRAINING, "Train a recipe."),
+    (demo, DEMO_EPILOG, _TRAINING, "A real task in minutes, offline."),
+    (evaluate, EVALUATE_EPILOG, _USING, "Score a trained adapter."),
+    (predict, PREDICT_EPILOG, _USING, "Answer texts, a file or standard input."),
+    (export, EXPORT_EPILOG, _USING, "Write plain LoRA, a whole model, or PEFT's AdaLoRA."),
+    (merge, MERGE_EPILOG, _USING, "Write a whole model."),
+    (push, PUSH_EPILOG, _USING, "Upload a run to the hub."),
+    (inspect, INSPECT_EPILOG, _RUNS, "Ranks and totals of an adapter, ours or PEFT's."),
+    (report, REPORT_EPILOG, _RUNS, "Write a run's HTML page anew."),
+    (compare, COMPARE_EPILOG, _RUNS, "Finished runs in one table."),
+):
+    app.command(epilog=_epilog, rich_help_panel=_panel, short_help=_short)(_command)
+recipes_app.callback()(recipes)
+recipes_app.command(epilog=COPY_EPILOG)(copy)
+config_app.command(epilog=CHECK_EPILOG)(check)
+app.add_typer(recipes_app, name="recipes", rich_help_panel=_TRAINING, short_help="List or copy built-in recipes.")
+app.add_typer(config_app, name="config", rich_help_panel=_TRAINING, short_help="Check a recipe.")
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        import importlib.metadata
+
         typer.echo(f"adalora {importlib.metadata.version('adalora')}")
         raise typer.Exit
 
@@ -58,115 +71,13 @@ def _root(
     pass
 
 
-@app.command(epilog=_TRAIN_EPILOG)
-def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
-    settings: Settings = None,
-    out: Annotated[Path | None, typer.Option(help="Output folder; runs/NAME if not given.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of head, data order and dropout.")] = None,
-) -> None:
-    """Train a recipe: plan, progress, scores, and a folder with adapter, record and pictures."""
-    from .recipe import load_recipe
-
-    loaded = load_recipe(recipe, settings or (), seed)
-    from .summary import print_result
-    from .train import run
-
-    console = open_console()
-    with output_folder(out, Path(recipe).stem) as folder:
-        result = run(loaded, folder, console)
-    print_result(result, console)
-    exit_if_stopped(result.stopped)
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Output folder; an earlier demo there is replaced.")] = _DEMO_FOLDER,
-    digits: Annotated[bool, typer.Option("--digits", help="Ten seconds of plain PyTorch instead.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of head, data order and dropout.")] = 0,
-    settings: Settings = None,
-) -> None:
-    """Teach a real sentence encoder to tell a parameter's type from its description, in minutes, offline."""
-    if digits and (settings or out != _DEMO_FOLDER):
-        raise ConfigError("demo --digits has no recipe and writes no files; leave out --set and --out.")
-    console = open_console()
-    if digits:
-        from .tasks.digits import run as run_digits
-
-        result = run_digits(seed)
-        console.print(result.table())
-        console.print(Text.from_ansi(result.report.heatmap(color=console.is_terminal)))
-        return
-    from .demo import run_demo
-
-    for arm in run_demo(out, seed, console, settings or ()).values():
-        exit_if_stopped(getattr(arm, "stopped", None))
-
-
-@app.command()
-def recipes() -> None:
-    """List the built-in recipes."""
-    from .recipe import recipe_names
-
-    names = recipe_names()
-    for name in names:
-        text = (resources.files(__package__) / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-        typer.echo(f"{name:<{max(map(len, names))}}  {text.splitlines()[0].lstrip('# ')}")
-
-
-def exit_if_stopped(reason: str | None) -> None:
-    """Exit as a process does that the same signal ended."""
-    if reason in _EXIT_CODES:
-        raise typer.Exit(_EXIT_CODES[reason])
-
-
-class OutputConsole(Console):
-    """Standard output, whose reader may leave early: `adalora train … | head -1` still ends with its adapter."""
-
-    def on_broken_pipe(self) -> None:
-        """Print no more, and go on."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def open_console() -> Console:
-    """Standard output, as it is: no colouring of numbers, no wrapping where lines go into a file."""
-    console = OutputConsole(highlight=False)
-    console.soft_wrap = not console.is_terminal
-    return console
-
-
-@contextmanager
-def output_folder(out: Path | None, name: str) -> Iterator[Path]:
-    """`out`, or a free folder under runs/, which disappears again if the run leaves nothing in it."""
-    folder = out or free_folder(name)
-    try:
-        yield folder
-    finally:
-        if out is None:
-            with suppress(OSError):  # not empty
-                folder.rmdir()
-                folder.parent.rmdir()
-
-
-def free_folder(name: str) -> Path:
-    """Make runs/NAME, or runs/NAME-2, … if that is taken: two runs that begin at once get one each."""
-    number, folder = 1, Path("runs") / name
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError as error:
-            if Path("runs").is_file():
-                raise ConfigError("'runs' is a file; choose an output folder with --out.") from error
-            number += 1
-            folder = Path("runs") / f"{name}-{number}"
-        except OSError as error:
-            raise ConfigError(f"cannot make {str(folder)!r}: {error.strerror}; choose one with --out.") from error
-
-
 def run_app() -> int:
     """Run the command line; 0 for success, 2 for a user's mistake, 1 for a bug of ours."""
+    import logging
+
+    from rich.console import Console
+    from rich.logging import RichHandler
+
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a label or a path may hold what a C locale cannot show

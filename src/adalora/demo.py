@@ -61,8 +61,9 @@ def run_demo(out: Path, seed: int, console: Console, settings: Sequence[str] = (
     results |= {"LoRA": lora, "AdaLoRA": adalora}
     console.print(_table(results))
     print_heatmap(adalora, console)
-    for sentence, label in zip(SENTENCES, adalora.task.predict(adalora.model, SENTENCES), strict=True):
-        console.print(f"  {label:>9}  ← {sentence}")
+    answers = adalora.task.predict(adalora.model, [{"text": sentence} for sentence in SENTENCES])
+    for sentence, answer in zip(SENTENCES, answers, strict=True):
+        console.print(f"  {answer['label']:>9}  ← {sentence}")
     console.print(f"Everything is in {out}: adapters, recipes that rerun, logs and pictures.")
     return results
 

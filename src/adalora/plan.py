@@ -13,7 +13,7 @@ from .integrations.transformers import AdaLoraCallback
 from .methods.base import Method
 from .report import rank_report
 from .schedule import Schedule
-from .tasks.classification import ClassificationTask
+from .tasks.base import Task
 
 _BYTES = 4  # adapters, their gradients, Adam's moments and the averages are all fp32
 
@@ -21,9 +21,7 @@ _BYTES = 4  # adapters, their gradients, Adam's moments and the averages are all
 class PlanPrinter(TrainerCallback):
     """Prints the plan once the Trainer knows the number of steps; stands behind `source` in its callbacks."""
 
-    def __init__(
-        self, console: Console, method: Method, source: AdaLoraCallback | None, task: ClassificationTask
-    ) -> None:
+    def __init__(self, console: Console, method: Method, source: AdaLoraCallback | None, task: Task) -> None:
         self.console, self.method, self.source, self.task = console, method, source, task
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

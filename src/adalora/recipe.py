@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
 from .errors import ConfigError
+from .sections import DATA, METRICS, DataSection, Section
 
 _BOOLEAN = "tag:yaml.org,2002:bool"
 
@@ -59,12 +61,6 @@ for _side in (_Loader, _Dumper):
 _EXAMPLES = {"model": "name_or_path", "data": "train", "method": "name", "training": "learning_rate"}
 
 
-class Section(BaseModel):
-    """Base of all sections: no unknown key passes."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
 class ModelSection(Section):
     """The pre-trained model: a hub name, a folder, or `package:NAME` for an encoder installed by pip."""
 
@@ -72,40 +68,38 @@ class ModelSection(Section):
     revision: str | None = None
     trust_remote_code: bool = False
     hub_id: str | None = Field(None, description="name for card and adapter if name_or_path is a local copy")
-
-
-class DataSection(Section):
-    """Where the rows are: a hub data set by `name`, or local jsonl, csv, tsv or parquet files.
-
-    With `name`, `train`, `validation` and `test` are split names; without, they are files. If there is no
-    validation set, a tenth of the training set is held out.
-    """
-
-    name: str | None = None
-    config: str | None = None
-    train: str = "train"
-    validation: str | None = None
-    test: str | None = None
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    kind: Literal["classes", "numbers"] | None = Field(
-        None, description="what labels are; not given, numbers with a point are numbers, all else classes"
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="entries of the model's own configuration, e.g. cls_dropout"
     )
-    max_length: int = Field(128, ge=4)
 
 
 class Recipe(Section):
-    """One run."""
+    """One run. `data` and `metric` are those of its task, by sections.DATA and sections.METRICS."""
 
-    task: Literal["classification"] = "classification"
+    task: Literal[
+        "classification", "token-classification", "question-answering", "seq2seq", "causal-lm", "image-classification"
+    ] = "classification"
     model: ModelSection
-    data: DataSection
+    data: SerializeAsAny[DataSection]
     method: dict[str, Any]
-    training: dict[str, Any] = {}
-    metric: Literal["accuracy", "macro_f1", "matthews", "pearson", "spearman"] | None = None
+    training: dict[str, Any] = Field(default_factory=dict)
+    metric: str | None = None
     seed: int = Field(0, ge=0, lt=2**32)  # the range of numpy's generators
     max_minutes: float | None = Field(None, gt=0)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_of_the_task(cls, value: Any, info: ValidationInfo) -> Any:
+        # Without a task, which is an error by itself, nothing can be said about its data.
+        return DATA[info.data["task"]].model_validate(value) if "task" in info.data else DataSection.model_construct()
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_of_the_task(cls, value: str | None, info: ValidationInfo) -> str | None:
+        known = METRICS[info.data["task"]] if "task" in info.data else ()
+        if value is not None and known and value not in known:
+            raise ValueError(f"{info.data['task']} has no such metric; {did_you_mean(value, known)}")
+        return value
 
     def dump(self) -> str:
         """YAML that `load_recipe` reads to an equal recipe."""
@@ -132,15 +126,22 @@ def load_recipe(source: str, settings: Sequence[str] = (), seed: int | None = No
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError(f"{source}: " + "; ".join(_explain(e, values) for e in error.errors())) from error
     _refuse_unbracketed_lists(recipe.method)
     return recipe
 
 
 def recipe_names() -> list[str]:
-    """Names of the built-in recipes."""
-    folder = resources.files(__package__) / "recipes"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    """Names of the built-in recipes; those in folders have the folder in front, e.g. paper/cola-adalora."""
+    return sorted(_names_in(resources.files(__package__) / "recipes", ""))
+
+
+def _names_in(folder: Traversable, front: str) -> Iterator[str]:
+    for file in folder.iterdir():
+        if file.is_dir():
+            yield from _names_in(file, f"{front}{file.name}/")
+        elif file.name.endswith(".yaml"):
+            yield front + file.name.removesuffix(".yaml")
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:
@@ -193,16 +194,19 @@ def _refuse_unbracketed_lists(method: dict[str, Any]) -> None:
             )
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, values: dict[str, Any]) -> str:
     path, value = ".".join(str(part) for part in error["loc"]), error["input"]
     if error["type"] == "missing":
         return f"section {path} is missing" if path in _EXAMPLES else f"{path} is missing"
     if path in _EXAMPLES and error["type"] in ("model_type", "dict_type"):
         example = f"{path}.{_EXAMPLES[path]}={value if isinstance(value, str) else '…'}"
         return f"{path} is {value!r:.80}; it must be a section, e.g. {example}"
+    if error["type"] == "value_error":
+        return f"{path} is {value!r:.80}: {error['ctx']['error']}"
     if error["type"] != "extra_forbidden":
         return f"{path} is {value!r:.80}: {error['msg'].lower()}"
     section: Any = Recipe
     for part in error["loc"][:-1]:
-        section = section.model_fields[part].annotation
+        task = values.get("task", Recipe.model_fields["task"].default)
+        section = DATA[task] if part == "data" else section.model_fields[part].annotation
     return f"there is no key {path!r}; " + did_you_mean(str(error["loc"][-1]), list(section.model_fields))

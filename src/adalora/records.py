@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from .recipe import Recipe
 
 _ROOM_FOR_A_BAR = 90  # columns
 _TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|unexpected pos")  # torch.save on a full disk
-_BEGUN, _CLAIM, _FAILED = "recipe.yaml", "checkpoints", "FAILED.txt"
+BEGUN, CHECKPOINTS, FAILED, RESULT = "recipe.yaml", "checkpoints", "FAILED.txt", "result.json"
+METRICS, RANKS = "metrics.jsonl", "ranks.jsonl"
 
 
 @contextmanager
@@ -38,16 +41,37 @@ def claimed(out: Path) -> Iterator[None]:
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     _claim(out)
     try:
-        yield
+        with locked(out):
+            yield
     except BaseException as error:
         with suppress(OSError):  # the disk may be full, and the error itself is what the user must see
-            if (out / _BEGUN).exists():
-                (out / _FAILED).write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+            if (out / BEGUN).exists():
+                (out / FAILED).write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
             else:
                 _empty(out)
                 for folder in made:
                     folder.rmdir()
         raise
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the run in `out` against a second process, by a lock that the system drops with the process."""
+    if sys.platform == "win32":  # has no such lock on a folder
+        yield
+        return
+    import fcntl
+
+    handle = os.open(out / CHECKPOINTS, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(f"the run in {str(out)!r} is still going on, in another process.") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -74,11 +98,11 @@ def _claim(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            (out / _FAILED).unlink()  # only one of two runs succeeds here
+            (out / FAILED).unlink()  # only one of two runs succeeds here
             _empty(out)
         if any(out.iterdir()):
             raise ConfigError(f"the output folder {str(out)!r} is not empty; choose another with --out, or remove it.")
-        (out / _CLAIM).mkdir()  # and here, where the folder was empty
+        (out / CHECKPOINTS).mkdir()  # and here, where the folder was empty
     except (FileExistsError, NotADirectoryError) as error:
         state = "taken by another run" if out.is_dir() else "a file, or within one"
         raise ConfigError(f"the output folder {str(out)!r} is {state}; choose another with --out.") from error
@@ -101,32 +125,56 @@ class RunRecorder(TrainerCallback):
 
     Stands last in the list of callbacks: behind `source`, whose allocator exists once training has begun, and
     behind whatever may end it. The recipe is written then: what is wrong with a schedule has shown itself before.
+    `live` are (step, live triplets) after each allocation, those of a resumed run's first part included.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, source: AdaLoraCallback | None) -> None:
+    def __init__(
+        self, folder: Path, recipe: Recipe, source: AdaLoraCallback | None, live: Sequence[tuple[int, int]] = ()
+    ) -> None:
         self.folder, self.recipe, self.source = folder, recipe, source
-        self.live: list[tuple[int, int]] = []  # (step, live triplets) after each allocation
+        self.live = list(live)
+        self._within_step = self._over = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the recipe, and listen to the allocator."""
         text = self.recipe.dump()
-        write_files(self.folder, {_BEGUN: lambda path: path.write_text(text, encoding="utf-8")})
+        write_files(self.folder, {BEGUN: lambda path: path.write_text(text, encoding="utf-8")})
         if self.source is not None and self.source.allocator is not None:
             self.source.allocator.on_allocate.append(self._on_allocate)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From here on, allocations are those of the schedule."""
+        self._within_step = True
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the last step logged, wherever it falls between two logs."""
-        if control.should_training_stop or state.global_step >= state.max_steps:
+        """Have the last step logged, wherever it falls between two logs, and a run that is cut short resumable."""
+        self._within_step = False
+        if control.should_training_stop and state.global_step < state.max_steps:
+            control.should_save = True
+        # Before a checkpoint, too: the loss since the last log is not in it.
+        if control.should_save or control.should_training_stop or state.global_step >= state.max_steps:
             control.should_log = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The same at the end of an epoch."""
+        if control.should_save:
+            control.should_log = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What is evaluated later is no part of training."""
+        self._over = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One line for each log."""
-        self._append("metrics.jsonl", {"step": state.global_step, **(logs or {})})
+        if not self._over:
+            self._append(METRICS, {"step": state.global_step, **(logs or {})})
 
     def _on_allocate(self, step: int, budget: int, keep: Mapping[str, Tensor]) -> None:
         ranks = {name: int(mask.sum()) for name, mask in keep.items()}
         self.live.append((step, sum(ranks.values())))
-        self._append("ranks.jsonl", {"step": step, "budget": budget, "ranks": ranks})
+        # What met the budget of a run that was cut short is no part of it once it is resumed.
+        forced = {} if self._within_step else {"forced": True}
+        self._append(RANKS, {"step": step, "budget": budget, "ranks": ranks, **forced})
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
@@ -138,7 +186,7 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, console: Console, source: AdaLoraCallback | None, label: str) -> None:
         self.console, self.source, self.label = console, source, label
-        self.text, self.started, self.shown = "", 0.0, 0.0
+        self.text, self.started, self.first, self.shown = "", 0.0, 0, 0.0
         columns = [
             TextColumn("{task.description}"),
             *([BarColumn(bar_width=24)] if console.width >= _ROOM_FOR_A_BAR else []),
@@ -151,9 +199,9 @@ class ProgressLine(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the line."""
-        self.started = time.monotonic()
+        self.started, self.first = time.monotonic(), state.global_step
         if self.console.is_terminal:
-            self.bar.update(self.task, total=state.max_steps)
+            self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
             self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -172,7 +220,7 @@ class ProgressLine(TrainerCallback):
             self.console.print(f"  {self.label} epoch {state.epoch:.1f}: {shown}")
         elif not self.console.is_terminal and "loss" in logs and self._due(state):
             spent = time.monotonic() - self.started
-            left = spent / max(state.global_step, 1) * (state.max_steps - state.global_step)
+            left = spent / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
             line = f"  {self.label} {state.global_step}/{state.max_steps} {self._text()}  {left:.0f} s left"
             self.console.print(line)
 

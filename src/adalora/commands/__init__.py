@@ -1,0 +1,1 @@
+"""The commands, a file for each one or two; `cli` declares them. Heavy imports stay inside the functions."""

@@ -1,0 +1,324 @@
+"""`adalora plan`: what a run will cost and when its budget falls, without training and without weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .console import AsJson, Settings, complete_recipe, open_console, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..config import AdaLoraConfig
+    from ..recipe import Recipe
+    from .sizes import Sizes
+
+PLAN_EPILOG = (
+    "Examples: adalora plan text-classification --set data.train=train.jsonl · "
+    "adalora plan microsoft/deberta-v3-base --target-r 1,2,4,8 --steps 10000"
+)
+_SHOWN = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the reduction phase: where the budget is printed
+
+
+def plan(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|MODEL", help="A recipe, or a model's hub name or folder.", autocompletion=complete_recipe
+        ),
+    ],
+    settings: Settings = None,
+    target_r: Annotated[
+        list[str] | None, typer.Option("--target-r", metavar="R,R,…", help="Final ranks to compare in a table.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="Task of a MODEL; a recipe has its own.")] = "classification",
+    labels: Annotated[int, typer.Option(min=1, help="Classes of the head.")] = 2,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps; else counted from recipe and data.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time a few real steps, on random weights.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell parameters, file size, memory, time and schedule of a run before it; no weights are loaded."""
+    from ..train import quiet
+
+    quiet()
+    recipe = _recipe(source, settings or [], task)
+    ranks = _ranks(target_r)
+    if len(ranks) > 1:
+        rows = [_sweep_row(recipe, rank, labels) for rank in ranks]
+        print_json(rows) if as_json else _print_sweep(rows)
+        return
+    facts = plan_facts(_with_rank(recipe, ranks[0]) if ranks else recipe, labels, steps, measure)
+    print_json(facts) if as_json else _print_plan(facts)
+
+
+def plan_facts(recipe: Recipe, labels: int, steps: int | None, measure: bool) -> dict[str, Any]:
+    """All numbers of a plan, JSON-able. Raises AdaLoraError for a recipe that cannot run."""
+    from ..methods import build_method
+    from ..resolve import resolve_model
+    from .skeleton import build, count_load, machine_flops, measure_step
+
+    path, base = resolve_model(recipe)
+    method = build_method(recipe.method)
+    model = method.prepare(build(path, recipe, labels))
+    training = _training(recipe)
+    size, accumulated = training["per_device_train_batch_size"], training.get("gradient_accumulation_steps", 1)
+    steps = steps or run_steps(recipe, training)
+    facts: dict[str, Any] = {"model": base, "task": recipe.task, "method": recipe.method["name"], "steps": steps}
+    facts |= _size_facts(model, method, steps)
+    load = count_load(model, recipe, size)
+    facts["batch"] = {"rows": size, "longest": _longest(model, recipe), "accumulated": accumulated}
+    if isinstance(load, str):
+        facts["unknown"] = f"activations and time: the model cannot run without its values ({load})"
+    else:
+        facts["memory"]["activations"] = load.activations
+        facts["flops_per_step"] = load.flops * accumulated
+        facts["seconds_per_step"] = load.flops * accumulated / machine_flops()
+        facts["time_source"] = "at the speed of a matrix product on this machine, which training does not reach"
+    if measure:
+        facts["seconds_per_step"] = measure_step(path, recipe, build_method(recipe.method), labels, size) * accumulated
+        facts["time_source"] = "measured here with random weights and full-length rows"
+    return facts
+
+
+def run_steps(recipe: Recipe, training: dict[str, Any]) -> int | None:
+    """Optimizer steps on one device, as the Trainer counts them; None where the length of the data is unknown."""
+    if (training.get("max_steps") or -1) > 0:
+        return int(training["max_steps"])
+    data = recipe.data
+    rows = None if data.name else count_rows(Path(data.train))
+    if rows is None:
+        return None
+    if data.validation is None:
+        from ..tasks.data import HELD_OUT
+
+        rows -= math.ceil(rows * HELD_OUT)
+    rows = min(rows, data.train_rows or rows)
+    batches = math.ceil(rows / training["per_device_train_batch_size"])
+    per_epoch = max(math.ceil(batches / training.get("gradient_accumulation_steps", 1)), 1)
+    return math.ceil(training["num_train_epochs"] * per_epoch)
+
+
+def count_rows(file: Path) -> int | None:
+    """Rows of a data file; None if it is not there or its format does not tell."""
+    import csv
+    import gzip
+
+    if not file.is_file():
+        return None
+    if file.suffix == ".parquet":
+        from pyarrow import parquet  # type: ignore[import-untyped]
+
+        return int(parquet.ParquetFile(file).metadata.num_rows)
+    kind = Path(file.name.removesuffix(".gz")).suffix
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        if kind == ".jsonl":
+            return sum(1 for line in lines if line.strip())
+        if kind == ".csv":
+            return max(sum(1 for row in csv.reader(lines) if row) - 1, 0)
+        if kind == ".tsv":
+            return max(sum(1 for line in lines if line.strip()) - 1, 0)
+    return None
+
+
+def schedule_facts(config: AdaLoraConfig, sizes: Sizes, steps: int) -> dict[str, Any]:
+    """Phases in steps, how often triplets are chosen anew, and the budget along the way."""
+    from ..schedule import Schedule
+
+    schedule = Schedule.from_config(config, sizes.initial, sizes.target, steps)
+    falling = schedule.freeze_step - schedule.tinit
+    shown = sorted({min(schedule.tinit + round(part * falling), steps - 1) for part in _SHOWN})
+    return {
+        "tinit": schedule.tinit,
+        "reduction": falling,
+        "tfinal": steps - schedule.freeze_step,
+        "deltaT": schedule.deltaT,
+        "allocations": sum(schedule.allocates(step) for step in range(steps)),
+        "budget": {step: schedule.budget(step) for step in shown},
+    }
+
+
+def _recipe(source: str, settings: list[str], task: str) -> Recipe:
+    """The recipe, or one of defaults for a model."""
+    from ..recipe import load_recipe, recipe_names
+    from ..sections import DATA
+
+    if source in recipe_names() or Path(source).is_file():
+        return load_recipe(source, settings)
+    if not Path(source).is_dir() and Path(source).suffix in (".yaml", ".yml"):
+        raise ConfigError(f"{source!r} is not there; give a recipe, or a model's hub name or folder.")
+    if task not in DATA:
+        raise ConfigError(f"--task is {task!r}; known are {', '.join(DATA)}.")
+    import json
+    import tempfile
+
+    given = [f"task={task}", f"model.name_or_path={json.dumps(source)}", "data={}", "method.name=adalora", *settings]
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as empty:  # settings go on top of a file
+        empty.write("training: {}\n")
+        empty.flush()
+        return load_recipe(empty.name, given)
+
+
+def _training(recipe: Recipe) -> dict[str, Any]:
+    from ..resolve import DEFAULTS
+
+    return DEFAULTS | recipe.training
+
+
+def _size_facts(model: Any, method: Any, steps: int | None) -> dict[str, Any]:
+    """Sizes, memory and schedule of a prepared model, by method."""
+    from ..injection import adapter_config
+    from ..integrations.transformers import is_adapted
+    from .sizes import FP32, adapter_sizes, memory
+    from .skeleton import shapes_of
+
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    if not is_adapted(model):
+        count = method.count(model)
+        numbers = {"peak": count.peak, "final": count.final, "head": count.head}
+        size = FP32 * (count.final + count.head)
+        return {"parameters": numbers, "file_bytes": size, "memory": memory(frozen, count.peak, count.head, False)}
+    config, (shapes, whole) = adapter_config(model), shapes_of(model)
+    sizes = adapter_sizes(shapes, config, whole)
+    numbers = {key: getattr(sizes, key) for key in ("peak", "final", "least", "most", "unit", "head")}
+    return {
+        "matrices": sizes.matrices,
+        "triplets": {"initial": sizes.initial, "target": sizes.target},
+        "parameters": numbers,
+        "file_bytes": sizes.file_bytes,
+        "memory": memory(frozen, sizes.peak, sizes.head, True),
+        "schedule": schedule_facts(config, sizes, steps) if steps else None,
+        "phases": {"tinit": config.tinit, "tfinal": config.tfinal, "deltaT": config.deltaT},
+    }
+
+
+def _ranks(given: list[str] | None) -> list[int]:
+    """Positive integers, separated by commas or given one by one. Raises ConfigError."""
+    parts = [part for text in given or [] for part in text.replace(",", " ").split()]
+    bad = [part for part in parts if not part.isdecimal() or int(part) < 1]
+    if bad:
+        raise ConfigError(f"--target-r holds {bad[0]!r}; give ranks of at least 1, such as --target-r 1,2,4,8.")
+    return [int(part) for part in parts]
+
+
+def _with_rank(recipe: Recipe, rank: int) -> Recipe:
+    """The recipe at another final rank; the first rank keeps its ratio to it, 12 to 8 by default."""
+    method = dict(recipe.method)
+    if method.get("name") == "lora":
+        return recipe.model_copy(update={"method": method | {"r": rank, "parameters": None}})
+    start, end = method.get("init_r", 12), method.get("target_r", 8)
+    first = math.ceil(rank * start / end) if end else rank
+    return recipe.model_copy(update={"method": method | {"init_r": first, "target_r": rank}})
+
+
+def _sweep_row(recipe: Recipe, rank: int, labels: int) -> dict[str, Any]:
+    from ..methods import build_method
+    from ..resolve import resolve_model
+    from .skeleton import build
+
+    recipe = _with_rank(recipe, rank)
+    method = build_method(recipe.method)
+    facts = _size_facts(method.prepare(build(resolve_model(recipe)[0], recipe, labels)), method, None)
+    trained = sum(size for name, size in facts["memory"].items() if name != "base weights")
+    return {
+        "target_r": rank,
+        "init_r": recipe.method.get("init_r", recipe.method.get("r")),
+        "triplets": facts.get("triplets", {}).get("target"),
+        **{key: facts["parameters"][key] for key in ("peak", "final", "head")},
+        "file_bytes": facts["file_bytes"],
+        "training_bytes": trained,
+    }
+
+
+def _print_sweep(rows: list[dict[str, Any]]) -> None:
+    columns = ("target_r", "init_r", "triplets", "parameters", "at the start", "head", "file", "training")
+    lines = []
+    for row in rows:
+        numbers = ("–" if row[key] is None else f"{row[key]:,}" for key in ("triplets", "final", "peak", "head"))
+        sizes = (_bytes(row[key]) for key in ("file_bytes", "training_bytes"))
+        lines.append((str(row["target_r"]), str(row["init_r"]), *numbers, *sizes))
+    print_table(columns, lines, left=0)
+    typer.echo("parameters: of the adapter, if spread evenly; training: memory of all that trains, no activations")
+
+
+def _print_plan(facts: dict[str, Any]) -> None:
+    lines = [f"model      {facts['model']} for {facts['task']}, {facts['method']}"]
+    numbers = facts["parameters"]
+    if "matrices" in facts:
+        triplets = facts["triplets"]
+        lines += [
+            f"matrices   {facts['matrices']}; one rank on all of them is {numbers['unit']:,} parameters in A and B",
+            f"triplets   {triplets['initial']:,} at the start, {triplets['target']:,} in the end",
+            f"parameters {numbers['peak']:,} at the start, {numbers['final']:,} in the end if spread evenly "
+            f"({numbers['least']:,} to {numbers['most']:,}), {numbers['head']:,} in the head",
+        ]
+    else:
+        lines += [f"parameters {numbers['final']:,} in adapters, {numbers['head']:,} in the head"]
+    lines += [f"file       {facts['file_bytes']:,} bytes ({_bytes(facts['file_bytes'])})", *_memory_lines(facts)]
+    lines += [*_schedule_lines(facts), *_time_lines(facts)]
+    console = open_console()
+    for line in lines:
+        console.print(line, markup=False)
+
+
+def _memory_lines(facts: dict[str, Any]) -> list[str]:
+    parts, batch = facts["memory"], facts["batch"]
+    how = "activations counted in a pass without values" if "activations" in parts else "without activations"
+    lines = [f"memory     {_bytes(sum(parts.values()))} for a batch of {batch['rows']} × {batch['longest']}, {how}:"]
+    return lines + [f"             {name:<20} {_bytes(size):>9}" for name, size in parts.items()]
+
+
+def _schedule_lines(facts: dict[str, Any]) -> list[str]:
+    if "phases" not in facts:
+        return []
+    schedule = facts["schedule"]
+    if schedule is None:
+        phases = ", ".join(f"{name} {value}" for name, value in facts["phases"].items())
+        return [f"schedule   {phases}; the length of the data is unknown, give --steps for the rest"]
+    budget = ", ".join(f"{count:,} at {step:,}" for step, count in schedule["budget"].items())
+    return [
+        f"schedule   {facts['steps']:,} steps: {schedule['tinit']:,} warm-up, {schedule['reduction']:,} reduction, "
+        f"{schedule['tfinal']:,} final; {schedule['allocations']:,} allocations, every {schedule['deltaT']:,}",
+        f"budget     {budget}",
+    ]
+
+
+def _time_lines(facts: dict[str, Any]) -> list[str]:
+    lines = [f"unknown    {facts['unknown']}"] if "unknown" in facts else []
+    if "seconds_per_step" in facts:
+        each, steps = facts["seconds_per_step"], facts["steps"]
+        whole = f", {_duration(each * steps)} for {steps:,} steps" if steps else ""
+        least = "" if facts["time_source"].startswith("measured") else "at least "
+        lines.append(f"time       {least}{each:.3g} s a step{whole}: {facts['time_source']}")
+    return lines
+
+
+def _longest(model: Any, recipe: Recipe) -> str:
+    from .skeleton import longest
+
+    data: Any = recipe.data
+    if recipe.task == "image-classification":
+        return "one image"
+    length, wanted = longest(model, recipe), getattr(data, "max_length", 0) or data.max_source_length
+    most = "" if length == wanted else ", the model's most"
+    return (
+        f"({length} + {data.max_target_length}) tokens{most}" if recipe.task == "seq2seq" else f"{length} tokens{most}"
+    )
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB" if size < 1000 else f"{size / 1000:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

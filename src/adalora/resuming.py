@@ -1,0 +1,160 @@
+"""Going on with a run that was cut short: its folder, its last complete checkpoint, its records up to there."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .errors import ConfigError
+from .files import write_files
+from .integrations.transformers import CHECKPOINT_PREFIX
+from .recipe import Recipe, load_recipe
+from .records import BEGUN, CHECKPOINTS, FAILED, METRICS, RANKS, RESULT, locked
+
+_FREE = {"max_minutes"}  # keys of a recipe that may differ in a resumed run
+
+
+@contextmanager
+def resumed(out: Path) -> Iterator[None]:
+    """`out` for the process that goes on with its run.
+
+    Raises ConfigError if there is no run in it, if the run is complete, or if it still goes on.
+    """
+    if not (out / BEGUN).is_file():
+        raise ConfigError(f"there is no run in {str(out)!r} to resume; leave --resume out to begin one.")
+    if (out / RESULT).is_file() and json.loads((out / RESULT).read_text(encoding="utf-8")).get("complete", True):
+        raise ConfigError(f"the run in {str(out)!r} is complete; there is nothing to resume.")
+    (out / CHECKPOINTS).mkdir(exist_ok=True)
+    with locked(out):
+        try:
+            yield
+        except BaseException as error:
+            with suppress(OSError):
+                if (out / FAILED).exists():
+                    (out / FAILED).write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+            raise
+        (out / FAILED).unlink(missing_ok=True)
+
+
+def require_same(recipe: Recipe, out: Path) -> None:
+    """Raise ConfigError unless `recipe`, fully resolved, is the one that the run in `out` began with."""
+    before, now = _flat(load_recipe(str(out / BEGUN)).model_dump()), _flat(recipe.model_dump())
+    for key in sorted(before | now):
+        if before.get(key) != now.get(key) and key not in _FREE:
+            raise ConfigError(
+                f"{key} is {now.get(key)!r}, but the run in {str(out)!r} began with {before.get(key)!r}. Resume it "
+                f"with its own recipe: adalora train {out / BEGUN} --out {out} --resume"
+            )
+    if recipe.training.get("save_only_model"):
+        raise ConfigError(f"training.save_only_model was set, so the run in {str(out)!r} cannot be resumed.")
+
+
+def last_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint of the run in `out`; later ones that are torn are removed, and `say` tells so."""
+    found = [(re.fullmatch(rf"{CHECKPOINT_PREFIX}(\d+)", path.name), path) for path in (out / CHECKPOINTS).iterdir()]
+    for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):
+        flaw = _flaw(path)
+        if flaw is None:
+            say(f"resuming from {path.name}")
+            return path
+        say(f"{path.name} is incomplete ({flaw}); it is removed")
+        shutil.rmtree(path)
+    say("there is no complete checkpoint: the run starts again at its first step")
+    return None
+
+
+def rewind(out: Path, step: int) -> list[tuple[int, int]]:
+    """Cut metrics.jsonl and ranks.jsonl to the first `step` steps; returns (step, live triplets) of allocations."""
+    metrics = [r for r in _records(out / METRICS) if r["step"] <= step and step and "train_runtime" not in r]
+    # Allocations are numbered from 0, logs from 1.
+    ranks = [r for r in _records(out / RANKS) if r["step"] < step and not r.get("forced")]
+    for name, records in ((METRICS, metrics), (RANKS, ranks)):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if (out / name).exists():
+            write_files(out, {name: lambda path, text=text: path.write_text(text, encoding="utf-8")})  # type: ignore[misc]
+    return [(record["step"], sum(record["ranks"].values())) for record in ranks]
+
+
+class EpochOrder(TrainerCallback, ExportableState):
+    """Keeps, in each checkpoint, the random state that the order of its epoch was drawn from.
+
+    The Trainer restores the state of the checkpoint itself, but behind the drawing of the order: a run resumed
+    within an epoch whose rows are grouped by length would see some rows twice, and others never.
+    """
+
+    def __init__(self) -> None:
+        self._stored: Tensor | None = None
+        self._drawn_from = torch.get_rng_state()
+        self._at_the_end_of_an_epoch = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up what the checkpoint has."""
+        if state.global_step:
+            text = state.stateful_callbacks[type(self).__name__]["attributes"]["drawn_from"]
+            self._stored = torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The order is drawn next."""
+        if self._stored is not None:
+            torch.set_rng_state(self._stored)
+            self._stored = None
+        self._drawn_from = torch.get_rng_state()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint that is written behind an epoch's last step is followed by a new order."""
+        self._at_the_end_of_an_epoch = float(state.epoch).is_integer()
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into trainer_state.json."""
+        drawn_from = torch.get_rng_state() if self._at_the_end_of_an_epoch else self._drawn_from
+        return {"args": {}, "attributes": {"drawn_from": base64.b64encode(bytes(drawn_from.tolist())).decode()}}
+
+
+def _flaw(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks for resuming from it."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        weights = sorted(checkpoint.glob("*model*.safetensors"))
+        if not weights:
+            return "no weights"
+        for file in weights:
+            with safe_open(file, "pt"):
+                pass
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            with zipfile.ZipFile(checkpoint / name) as archive:
+                if archive.testzip():
+                    return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name if error.filename else error} is missing"
+    except (ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    """Lines of a jsonl file up to the first that is torn."""
+    records: list[dict[str, Any]] = []
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            records.append(json.loads(line))
+    return records
+
+
+def _flat(values: dict[str, Any], front: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{front}{key}.") if isinstance(value, dict) else {f"{front}{key}": value}
+    return flat
