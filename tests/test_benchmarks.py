@@ -9,21 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import counts, records, start, step, table, tracer
-from benchmarks.arms import (
-    COMPACT,
-    COMPACTED,
-    EVEN,
-    FLOOR,
-    INIT,
-    LORA,
-    OURS,
-    PEFT_ADALORA,
-    STAGES,
-    Arm,
-    Setting,
-    trained,
-)
+from benchmarks import __main__, counts, records, start, step, table, tracer
+from benchmarks.arms import COMPACT, EVEN, FLOOR, INIT, LORA, OURS, PEFT_ADALORA, STAGES, Setting, trained
 from benchmarks.models import SHAPES, Shape
 from torch import Tensor, nn
 
@@ -31,8 +18,7 @@ from tiny import peft_warnings
 
 TINY = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 MATRICES = {"minilm": 12, "bert-base": 12, "deberta-base": 12, "llama": 14}
-# (out, in) of the six matrices of one layer of TINY, summed.
-SIDES = 4 * (16 + 16) + 2 * (16 + 24)
+SIDES = 4 * (16 + 16) + 2 * (16 + 24)  # out + in of the six matrices of one layer of TINY
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +33,8 @@ def tiny(name: str = "minilm") -> Shape:
 
 
 def environment() -> dict[str, Any]:
-    return {
-        "cpu": "a CPU",
-        "cores": 2,
-        "gpu": None,
-        "python": "3.11",
-        "torch": "2",
-        "peft": "0",
-        "transformers": "5",
-        "allocator": {"transparent huge pages": "madvise"},
-    }
+    versions = {"python": "3.11", "torch": "2", "peft": "0", "transformers": "5"}
+    return {"cpu": "a CPU", "cores": 2, "gpu": None, **versions, "allocator": {"transparent huge pages": "madvise"}}
 
 
 def cell(tokens: int = 2048, stage: str = "budget") -> dict[str, Any]:
@@ -207,12 +185,12 @@ def test_counts_do_not_wobble() -> None:
 
 def test_compaction_gives_back_memory() -> None:
     setting = Setting(tiny())
-    arm, even = (COMPACTED[name](setting) for name in (OURS, EVEN))
-    full: Arm = STAGES["budget"][OURS](setting)
+    arm, even = (STAGES["compacted"][name](setting) for name in (OURS, EVEN))
+    full = STAGES["budget"][OURS](setting)
     before, after = (sum(p.numel() for p in trained(x.model)) for x in (full, even))
     assert after * INIT == before * COMPACT
-    loss = arm.loss(setting.shape.batch(64)).item()
-    assert loss == pytest.approx(full.loss(setting.shape.batch(64)).item(), rel=0.05)
+    losses = [model.loss(setting.shape.batch(64)).item() for model in (arm, full)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_writing_the_tables_twice_changes_nothing() -> None:
@@ -232,12 +210,7 @@ def test_writing_the_tables_twice_changes_nothing() -> None:
 
 def test_rows_are_sorted_by_number() -> None:
     found = sorted([cell(8192), cell(256), cell(2048), cell(256, "compacted")], key=table._place)
-    assert [(c["stage"], c["tokens"]) for c in found] == [
-        ("budget", 256),
-        ("budget", 2048),
-        ("budget", 8192),
-        ("compacted", 256),
-    ]
+    assert [c["tokens"] for c in found] == [256, 2048, 8192, 256]
 
 
 def test_the_document_has_every_table() -> None:
@@ -252,6 +225,13 @@ def test_what_is_on_the_command_line_is_what_runs(capsys: pytest.CaptureFixture[
     monkeypatch.setattr(records, "store", lambda *_: pytest.fail("--quick stores nothing"))
     step.main(["--quick", "--tokens", "64", "--stage", "budget", "--dropout", "0.1"])
     assert "minilm/budget/64 tokens/1 threads/dropout 0.1/cpu float32 default, 2 rounds" in capsys.readouterr().out
+
+
+def test_what_make_bench_asks_for_can_be_asked() -> None:
+    for choices in __main__.STEPS:
+        asked = step._parser().parse_args([*choices.split(), "--again"])
+        assert [asked.shape[0] in SHAPES, asked.again] == [True, True]
+    assert all(counts._parser().parse_args(choices.split()).tokens for choices in __main__.COUNTS)
 
 
 def test_allocator_settings_are_recorded() -> None:

@@ -219,11 +219,16 @@ CHANGES: dict[str, Any] = {
 
 def outcome(config: adalora.AdaLoraConfig) -> tuple[Any, ...]:
     """Twenty steps with the configuration: what trained, to which values, by which importance, on which triplets."""
+
+    def averages() -> list[dict[str, Any]]:
+        states = optimizer.state.values()
+        return [{key: value.tolist() for key, value in state.items() if "adalora" in key} for state in states]
+
     torch.manual_seed(0)
     model = adalora.inject(Net(), config)
     optimizer = torch.optim.AdamW(adalora.adapter_parameters(model), lr=0.05)
     allocator, heard = adalora.RankAllocator(model, None if config.total_step else 20), []
-    allocator.attach(optimizer).on_allocate.append(lambda step, budget, keep: heard.append((step, budget)))
+    allocator.attach(optimizer).on_allocate.append(lambda step, budget, keep: heard.append((step, budget, averages())))
     for seed in range(20):
         torch.manual_seed(seed)
         x, y = torch.randn(8, 5), torch.randn(8, 3)
@@ -232,10 +237,6 @@ def outcome(config: adalora.AdaLoraConfig) -> tuple[Any, ...]:
         optimizer.step()
     return (
         {name: p.tolist() for name, p in model.named_parameters() if p.requires_grad},
-        [
-            {key: value.tolist() for key, value in state.items() if "adalora" in key}
-            for state in optimizer.state.values()
-        ],
         {name: module.lora_keep.tolist() for name, module in named_adapters(model)},
         heard,
     )

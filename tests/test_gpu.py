@@ -40,3 +40,32 @@ def test_a_run_on_the_device_meets_its_budget_and_moves_to_the_cpu(dtype: torch.
     with torch.no_grad():
         live, read = model.eval()(input_ids=ids).logits.cpu(), other(input_ids=ids.cpu()).logits
     torch.testing.assert_close(live, read, rtol=1e-4, atol=1e-4)
+
+
+def test_no_step_waits_for_the_device() -> None:
+    """Warm-up, allocation, freeze and final phase; torch itself raises where the host would wait."""
+    model = adalora.inject(bert().cuda(), CONFIG)
+    optimizer = torch.optim.AdamW(adalora.adapter_parameters(model), lr=1e-2, fused=True)
+    adalora.RankAllocator(model, total_step=12).attach(optimizer)
+    ids = torch.randint(0, 40, (8, 12), device="cuda")
+    for _ in range(12):
+        model(input_ids=ids, labels=ids[:, 0] % 2).loss.backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+
+
+def test_a_gradient_that_is_not_finite_is_counted_without_waiting() -> None:
+    model = adalora.inject(bert().cuda(), CONFIG)
+    optimizer = torch.optim.SGD(adalora.adapter_parameters(model), lr=0.0)
+    allocator = adalora.RankAllocator(model, total_step=12).attach(optimizer)
+    for parameter in adalora.adapter_parameters(model):
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    with torch.no_grad():
+        for module in allocator.modules.values():
+            module.lora_E.fill_(1.0)
+    optimizer.step()
+    assert allocator.skipped_steps == 1

@@ -21,6 +21,24 @@ GRADIENTS = [
 WEIGHTS = [A, E, B]
 
 
+def update(s: list[Tensor], u: list[Tensor], weights: list[Tensor], gradients: list[Tensor], *betas: float) -> None:
+    for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        assert update_averages_(s[index], u[index], weight * gradient, *betas).item() is True
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_product_that_is_not_finite_changes_no_bit_of_any_average(bad: float) -> None:
+    """Peers C3; nothing is read back from the device for it."""
+    sensitivity, uncertainty = torch.rand(7), torch.rand(7)
+    before = sensitivity.clone(), uncertainty.clone()
+    product = torch.randn(7)
+    product[3] = bad
+    assert update_averages_(sensitivity, uncertainty, product, 0.85, 0.85).item() is False
+    assert torch.equal(sensitivity, before[0]) and torch.equal(uncertainty, before[1])
+    assert update_averages_(sensitivity, uncertainty, torch.ones(7), 0.85, 0.85).item() is True
+    torch.testing.assert_close(sensitivity, 0.85 * before[0] + 0.15)
+
+
 def zeros() -> tuple[list[Tensor], list[Tensor]]:
     return [torch.zeros_like(w) for w in WEIGHTS], [torch.zeros_like(w) for w in WEIGHTS]
 
@@ -32,12 +50,12 @@ def close(one: Tensor, values: list[float]) -> None:
 def test_two_updates_give_the_recorded_averages_and_scores() -> None:
     """V2."""
     sensitivity, uncertainty = zeros()
-    update_averages_(sensitivity, uncertainty, WEIGHTS, GRADIENTS, 0.85, 0.85)
+    update(sensitivity, uncertainty, WEIGHTS, GRADIENTS, 0.85, 0.85)
     close(sensitivity[0], [0.015, 0.06, 0.135, 0.06])
     close(uncertainty[0], [0.85 * value for value in (0.015, 0.06, 0.135, 0.06)])
     close(sensitivity[1], [0.15, 0.075])
     close(uncertainty[1], [0.1275, 0.06375])
-    update_averages_(sensitivity, uncertainty, WEIGHTS, [2 * g for g in GRADIENTS], 0.85, 0.85)
+    update(sensitivity, uncertainty, WEIGHTS, [2 * g for g in GRADIENTS], 0.85, 0.85)
     close(sensitivity[0], [0.04275, 0.171, 0.38475, 0.171])
     close(uncertainty[0], [0.034425, 0.1377, 0.309825, 0.1377])
     close(sensitivity[2], [0.21375, 0.0855, 0.0855, 0.0855, 0, 0.12825])
@@ -51,7 +69,7 @@ def test_two_updates_give_the_recorded_averages_and_scores() -> None:
 
 def test_the_first_update_is_not_bias_corrected() -> None:
     sensitivity, uncertainty = zeros()
-    update_averages_(sensitivity, uncertainty, WEIGHTS, GRADIENTS, 0.9, 0.6)
+    update(sensitivity, uncertainty, WEIGHTS, GRADIENTS, 0.9, 0.6)
     for weight, gradient, s, u in zip(WEIGHTS, GRADIENTS, sensitivity, uncertainty, strict=True):
         raw = (weight * gradient).abs()
         torch.testing.assert_close(s, 0.1 * raw)
@@ -60,7 +78,7 @@ def test_the_first_update_is_not_bias_corrected() -> None:
 
 def test_weights_and_gradients_are_only_read() -> None:
     copies = [value.clone() for value in WEIGHTS + GRADIENTS]
-    update_averages_(*zeros(), WEIGHTS, GRADIENTS, 0.85, 0.85)
+    update(*zeros(), WEIGHTS, GRADIENTS, 0.85, 0.85)
     assert all(torch.equal(one, other) for one, other in zip(WEIGHTS + GRADIENTS, copies, strict=True))
 
 
@@ -79,7 +97,7 @@ def test_averages_and_scores_equal_the_twin(beta1: float, beta2: float, seed: in
         weights, gradients = ({part: make() for part, make in draw.items()} for _ in range(2))
         for part in "AEB":
             twin.update(f"m.{part}", weights[part], gradients[part])
-        update_averages_(sensitivity, uncertainty, [*weights.values()], [*gradients.values()], beta1, beta2)
+        update(sensitivity, uncertainty, [*weights.values()], [*gradients.values()], beta1, beta2)
     for index, part in enumerate("AEB"):
         torch.testing.assert_close(sensitivity[index], twin.sensitivity(f"m.{part}"), rtol=0, atol=1e-13)
         torch.testing.assert_close(uncertainty[index], twin.uncertainty(f"m.{part}"), rtol=0, atol=1e-13)
@@ -110,7 +128,7 @@ def test_small_signals_survive_in_fp32(scale: float) -> None:
     gradients = [g.float() * scale for g in GRADIENTS]
     weights = [w.float() for w in WEIGHTS]
     sensitivity, uncertainty = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-    update_averages_(sensitivity, uncertainty, weights, gradients, 0.85, 0.85)
+    update(sensitivity, uncertainty, weights, gradients, 0.85, 0.85)
     entries = [entry_scores(s, u, "sensitivity*uncertainty") for s, u in zip(sensitivity, uncertainty, strict=True)]
     score = triplet_scores(*entries)
     assert (score > 0).all()
@@ -119,5 +137,5 @@ def test_small_signals_survive_in_fp32(scale: float) -> None:
 
 def _first_step_score() -> Tensor:
     sensitivity, uncertainty = zeros()
-    update_averages_(sensitivity, uncertainty, WEIGHTS, GRADIENTS, 0.85, 0.85)
+    update(sensitivity, uncertainty, WEIGHTS, GRADIENTS, 0.85, 0.85)
     return triplet_scores(*(s * u for s, u in zip(sensitivity, uncertainty, strict=True)))

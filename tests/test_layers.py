@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import adalora
 import reference
 from adalora.errors import InjectionError
+from adalora.functional import keep_mask
 from adalora.injection import named_adapters
 from adalora.layers import SVDAdapter, SVDLinear
 
@@ -419,8 +419,9 @@ def test_dropout_of_a_linear_layer_drops_inputs_and_rescales_the_rest() -> None:
     torch.manual_seed(7)
     y = model(x)
     torch.manual_seed(7)
-    dropped = F.dropout(x, 0.25)
-    assert int((dropped == 0).sum()) > 0
+    mask, kept = keep_mask(x, 0.25)
+    dropped = x * mask / kept
+    assert (int((dropped == 0).sum()) > 0, kept) == (True, 0.75)
     delta = reference.delta_weight(*factors(layer), ALPHA, R)
     torch.testing.assert_close(y, x @ layer.weight.T + dropped @ delta.T, rtol=1e-12, atol=1e-12)
 
@@ -571,3 +572,22 @@ def test_a_compiled_model_runs_and_trains() -> None:
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
     for one, other in zip(compiled_grads, adalora.adapter_parameters(model), strict=True):
         torch.testing.assert_close(one, other.grad, rtol=1e-4, atol=1e-5)
+
+
+@each_kind
+def test_merged_evaluates_in_the_weights_and_gives_back_the_same_bits_in_the_same_memory(case: Case) -> None:
+    base, x = case[0]()
+    model, layer = adapt(base.double())
+    before, memory = layer.weight.detach().clone(), layer.weight.data_ptr()
+    expected = model(x).detach()
+    with adalora.merged(model):
+        assert layer.merged
+        assert layer.base_weight is not None
+        assert layer.base_weight.data_ptr() == memory  # stepped aside, not copied
+        torch.testing.assert_close(model(x).detach(), expected, rtol=1e-12, atol=1e-12)
+    assert not layer.merged
+    assert (torch.equal(layer.weight, before), layer.weight.data_ptr()) == (True, memory)
+    adalora.merge(model)
+    with adalora.merged(model):
+        pass
+    assert layer.merged  # as it was found

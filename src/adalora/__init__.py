@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from .config import AdaLoraConfig
     from .errors import AdaLoraError, AdaLoraWarning
     from .export import export_lora, export_merged
-    from .injection import adapter_parameters, disabled, eject, inject, merge, unmerge
+    from .injection import adapter_parameters, eject, inject
+    from .merging import disabled, merge, merged, unmerge
     from .regularizer import orthogonality_penalty
     from .report import rank_report
 
@@ -22,17 +23,18 @@ _HOME = {
     "AdaLoraWarning": "errors",
     "RankAllocator": "allocator",
     "adapter_parameters": "injection",
-    "disabled": "injection",
+    "disabled": "merging",
     "eject": "injection",
     "export_lora": "export",
     "export_merged": "export",
     "inject": "injection",
     "load_adapter": "checkpoint",
-    "merge": "injection",
+    "merge": "merging",
+    "merged": "merging",
     "orthogonality_penalty": "regularizer",
     "rank_report": "report",
     "save_adapter": "checkpoint",
-    "unmerge": "injection",
+    "unmerge": "merging",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "merged",
     "orthogonality_penalty",
     "rank_report",
     "save_adapter",

@@ -23,11 +23,12 @@ def keep_top(scores: Sequence[Tensor], budget: int, minimum: Sequence[int] | Non
     if minimum is not None and any(minimum):
         granted = torch.cat([_top(score, k).to(joined.device) for score, k in zip(scores, minimum, strict=True)])
         # The granted come first, then the others by rank: no score range is needed to put them there.
-        order = order[torch.argsort(granted[order], descending=True, stable=True)]
-    keep = torch.zeros_like(joined, dtype=torch.bool).index_fill_(0, order[:budget], True)
+        first = torch.argsort(granted.gather(0, order), descending=True, stable=True)
+        order = order.gather(0, first)
+    keep = torch.zeros_like(joined, dtype=torch.bool).scatter_(0, order.narrow(0, 0, budget), True)
     return list(torch.split(keep, [score.numel() for score in scores]))
 
 
 def _top(score: Tensor, count: int) -> Tensor:
     order = torch.argsort(score, descending=True, stable=True)
-    return torch.zeros_like(score, dtype=torch.bool).index_fill_(0, order[:count], True)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(0, order.narrow(0, 0, count), True)

@@ -93,9 +93,8 @@ class RankAllocator:
 
     def detach(self) -> None:
         """Stop running the method. Optimizer and adapter keep what they hold."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @property
     def step(self) -> int:

@@ -46,6 +46,11 @@ class Attachment:
 
     def before_step(self, args: Any, kwargs: Any) -> Any:
         """Check that the modules still are what was attached, and add the regularizer's gradient."""
+        if self._compacted and not self.run.frozen:
+            raise TrainingError(
+                "the adapter was compacted, but the optimizer is at the start of a run; load the optimizer's state "
+                "too, or read the saved adapter with load_adapter(..., trainable=True) and train that."
+            )
         for name, module, factors in self._trained:
             own = module._parameters
             if "lora_E" not in own:
@@ -65,6 +70,7 @@ class Attachment:
         # Modules without a triplet have nothing to train, to regularize or to score.
         modules = {name: module for name, module in self._modules.items() if module.capacity}
         self._trained = [(name, m, (m.lora_A, m.lora_E, m.lora_B)) for name, m in modules.items()]
+        self._compacted = any(module.capacity < module.init_capacity for module in self._modules.values())
         self.averages = Averages(self.optimizer, list(modules.values()), self._config)
 
     def _add_penalty(self) -> None:

@@ -54,7 +54,7 @@ class Averages:
             return torch.cat([magnitude_scores(m.lora_E).to(self._order.device) for m in self._modules])
         state, kind = self._optimizer.state, self._config.importance
         parts = [part.to(self._order.device) for shelf in self._shelves for part in shelf.scores(state, kind)]
-        return torch.cat(parts)[self._order]
+        return torch.cat(parts).index_select(0, self._order)
 
     def drop(self) -> None:
         """Free them: a final pattern asks no more questions."""

@@ -66,6 +66,16 @@ def convert(module: nn.Module, r: int, scaling: float, dropout: float) -> SVDAda
     return module
 
 
+def resize(module: SVDAdapter, r: int) -> None:
+    """Give `module` new factors of capacity r, all zero, and every triplet live: what is about to be loaded fits."""
+    for key, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+        old = getattr(module, key)
+        shape = [r if index == dim else size for index, size in enumerate(old.shape)]
+        module.register_parameter(key, nn.Parameter(old.detach().new_zeros(shape), requires_grad=old.requires_grad))
+    keep = torch.ones(r, dtype=torch.bool, device=module.lora_keep.device)
+    module.register_buffer("lora_keep", keep, persistent=False)
+
+
 def restore(module: SVDAdapter) -> None:
     """Take the increment away, in place: the base layer as it was, bit for bit."""
     module.unmerge()

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from .checkpoint import base_key, base_name, exact_targets
 from .errors import AdapterFileError, InjectionError
 from .files import staged
-from .injection import adapter_config, adapter_root, merge, named_adapters, unmerge
+from .injection import adapter_config, adapter_root, named_adapters
 from .layers import SVDAdapter, SVDConv, SVDEmbedding
+from .merging import merge, unmerge
 from .reading import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from .stored import acting_factors, check_finite, increment, probe, warn_if_unfinished, whole_tensors
 

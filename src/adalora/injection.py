@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .config import AdaLoraConfig
-from .conversion import convert, restore
+from .conversion import convert, resize, restore
 from .errors import ConfigError, InjectionError
 from .layers import SVDAdapter
 from .targets import bound, find_targets, matches, saved_modules
@@ -78,6 +76,7 @@ def install(model: M, config: AdaLoraConfig, ranks: dict[str, int]) -> M:
         bias.requires_grad_(True)
     setattr(model, _CONFIG, config)
     record_progress(model, Progress(None, config.total_step))
+    model.register_load_state_dict_pre_hook(_follow_loaded_capacity)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_post_hook(_follow_loaded_ranks)  # type: ignore[no-untyped-call]
     return model
 
@@ -89,60 +88,17 @@ def eject(model: M) -> M:
     """
     root = adapter_root(model)
     root.requires_grad_(False)
-    hooks = root._load_state_dict_post_hooks
-    for key in [key for key, hook in hooks.items() if hook is _follow_loaded_ranks]:
-        del hooks[key]
+    for hooks, ours in (
+        (root._load_state_dict_pre_hooks, _follow_loaded_capacity),
+        (root._load_state_dict_post_hooks, _follow_loaded_ranks),
+    ):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is ours]:
+            del hooks[key]
     for _, module in named_adapters(root):
         restore(module)
     delattr(root, _CONFIG)
     delattr(root, _PROGRESS)
     return model
-
-
-def merge(model: nn.Module) -> None:
-    """Add every increment to its base weight. The originals are kept, so `unmerge` is exact.
-
-    Raises InjectionError for a weight that another module shares: it would change there too; and where the
-    adapter is disabled.
-    """
-    root = adapter_root(model)
-    if not all(module.adapter_enabled for _, module in named_adapters(root)):
-        raise InjectionError("the adapter is disabled, and merging would enable it; leave adalora.disabled first.")
-    uses = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))
-    places = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
-    for name, module in named_adapters(root):
-        if uses[id(module.weight)] > places[id(module)]:
-            raise InjectionError(
-                f"cannot merge {name!r}: its weight is tied to another module, which would change too. Untie "
-                "them, or exclude the module from target_modules."
-            )
-    for _, module in named_adapters(root):
-        module.merge()
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: the base weights as they were, bit for bit."""
-    for _, module in named_adapters(adapter_root(model)):
-        module.unmerge()
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context no increment acts; may be nested.
-
-    That is the base model, unless biases or `modules_to_save` trained: those keep what they learned.
-    """
-    modules = [module for _, module in named_adapters(adapter_root(model))]
-    if any(module.merged for module in modules):
-        raise InjectionError("the adapter is merged into the weights; call adalora.unmerge(model) first.")
-    before = [module.adapter_enabled for module in modules]
-    for module in modules:
-        module.adapter_enabled = False
-    try:
-        yield
-    finally:
-        for module, enabled in zip(modules, before, strict=True):
-            module.adapter_enabled = enabled
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -165,6 +121,23 @@ def trained_biases(model: nn.Module, config: AdaLoraConfig) -> Iterator[tuple[st
         chosen = config.bias == "all" or (config.bias == "lora_only" and isinstance(module, SVDAdapter))
         if bias is not None and chosen:
             yield f"{name}.bias".lstrip("."), bias
+
+
+def _follow_loaded_capacity(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before load_state_dict: take on the size of a compacted adapter, or give it up for a whole one.
+
+    Any other size is left for torch to refuse: it belongs to a configuration with another rank and scaling.
+    """
+    modules = dict(named_adapters(model))
+    stored = {name: state.get(f"{prefix}{name}.lora_E") for name in modules}
+    sizes = {name: len(value) for name, value in stored.items() if value is not None}
+    whole = {name: module.init_capacity for name, module in modules.items()}
+    budget = min(adapter_config(model).target_r * len(modules), sum(whole.values()))
+    compacted = sum(sizes.values()) == budget and all(size <= whole[name] for name, size in sizes.items())
+    if sizes.keys() == modules.keys() and (sizes == whole or compacted):
+        for name, module in modules.items():
+            if module.capacity != sizes[name]:
+                resize(module, sizes[name])
 
 
 def _follow_loaded_ranks(model: nn.Module, keys: Any) -> None:

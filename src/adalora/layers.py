@@ -82,18 +82,18 @@ class SVDAdapter(nn.Module):
         return self.base_weight is not None
 
     def merge(self) -> None:
-        """Add ΔW to the weight, keeping a copy of the original. No-op if merged."""
+        """Put W + s·ΔW in the place of the weight, and the original aside: nothing is copied. No-op if merged."""
         if self.merged:
             return
         with torch.no_grad():
-            self.register_buffer("base_weight", self.weight.detach().clone(), persistent=False)
-            self.weight.copy_(self.weight.to(self.lora_A.dtype) + self.delta_weight())
+            merged = (self.weight + self.delta_weight()).to(self.weight.dtype)
+            self.register_buffer("base_weight", self.weight.data, persistent=False)
+            self.weight.data = merged
 
     def unmerge(self) -> None:
-        """Put the original weight back, bit for bit. No-op if not merged."""
+        """Put the original weight back, the same bits in the same memory. No-op if not merged."""
         if self.base_weight is not None:
-            with torch.no_grad():
-                self.weight.copy_(self.base_weight)
+            self.weight.data = self.base_weight
             self.register_buffer("base_weight", None, persistent=False)
 
     def extra_repr(self) -> str:
@@ -120,9 +120,9 @@ class SVDDense(SVDAdapter):
         acts = self.adapter_enabled and not self.merged and self.capacity
         if not acts or not self._in_one_step(x):
             return super().forward(x)
-        dropped = self.dropped(x) if self.lora_dropout and self.training else None
-        weight, bias = self.weight.t() if self.transposed else self.weight, self.bias
-        return adapted_linear(x, dropped, weight, bias, (self.lora_A, self.lora_E, self.lora_B), self.scaling)
+        weight, factors = self.weight.t() if self.transposed else self.weight, (self.lora_A, self.lora_E, self.lora_B)
+        dropout = self.lora_dropout if self.training else 0.0
+        return adapted_linear(x, weight, self.bias, factors, self.scaling, dropout)
 
     def delta_output(self, x: Tensor) -> Tensor:
         return low_rank_linear(self.dropped(x), self.lora_A, self.lora_E, self.lora_B, self.scaling)

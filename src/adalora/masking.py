@@ -24,5 +24,5 @@ def mask_(modules: Iterable[SVDAdapter]) -> None:
     for together in by_device.values():
         triplets = [module.lora_E.detach() for module in together]  # each (r, 1)
         keep = torch.cat([module.lora_keep for module in together])
-        masked = torch.cat(triplets).masked_fill_(~keep.unsqueeze(1), 0.0)
+        masked = torch.where(keep.unsqueeze(1), torch.cat(triplets), 0.0)
         torch._foreach_copy_(triplets, torch.split(masked, [len(triplet) for triplet in triplets]))

@@ -71,7 +71,7 @@ class RunState:
         patterns = list(torch.split(whole, capacities))
         for index, (name, module) in enumerate(modules.items()):
             if module.capacity < module.init_capacity:
-                live = int(patterns[index].sum())
+                live = int(patterns[index].sum()) if self.frozen else module.capacity  # state may come later
                 if module.capacity != live:
                     raise TrainingError(
                         f"{name!r} was compacted to {module.capacity} triplets, but the optimizer's state has {live} "

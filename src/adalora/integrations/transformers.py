@@ -24,7 +24,8 @@ from ..allocator import RankAllocator
 from ..checkpoint import save_adapter
 from ..config import AdaLoraConfig
 from ..errors import AdapterFileError, ConfigError, InjectionError, TrainingError
-from ..injection import adapter_config, adapter_root, inject, merge, named_adapters, trained_biases, unmerge
+from ..injection import adapter_config, adapter_root, inject, named_adapters, trained_biases
+from ..merging import merge, unmerge
 from ..regularizer import orthogonality_penalty
 from ..targets import saved_modules
 
@@ -43,12 +44,13 @@ class AdaLoraCallback(TrainerCallback):
 
     The model may be adapted already; if not, it is adapted with `config`, whose `modules_to_save` default to
     the model's task head. The run's length comes from the Trainer. When training ends, also early, the budget
-    is met. The logs gain adalora/budget, adalora/phase and adalora/orthogonality. `allocator` is the
-    RankAllocator once training has begun.
+    is met. The logs gain adalora/budget, adalora/phase and adalora/orthogonality. `compact` frees pruned triplets
+    as soon as the pattern is final. `allocator` is the RankAllocator once training has begun.
     """
 
-    def __init__(self, config: AdaLoraConfig | None = None) -> None:
+    def __init__(self, config: AdaLoraConfig | None = None, *, compact: bool = False) -> None:
         self.config = config
+        self.compact = compact
         self.allocator: RankAllocator | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -77,7 +79,7 @@ class AdaLoraCallback(TrainerCallback):
                 "return adalora.inject(model, config)."
             )
         prepare_saving(model, args.load_best_model_at_end)  # of a model that came only now
-        self.allocator = allocator = RankAllocator(model, total_step=state.max_steps).attach(optimizer)
+        self.allocator = allocator = RankAllocator(model, state.max_steps, compact=self.compact).attach(optimizer)
         # The optimizer outlives a run that failed, as where auto_find_batch_size tries again. A pattern that is
         # final stays, though: whoever trains on has spent the budget already.
         if state.global_step == 0 and not allocator.frozen:
