@@ -172,6 +172,15 @@ def test_predict_works_with_an_adapter_alone(shell: Shell, finished: Path, tmp_p
     assert "which classes it knows" in shell("predict", tmp_path / "moved", "old cat", code=2)
 
 
+def test_an_adapter_alone_takes_columns_and_lengths_by_set(shell: Shell, finished: Path, tmp_path: Path) -> None:
+    shell("export", finished, "--out", tmp_path / "lora")
+    settings = ("--set", "data.text=sentence", "--set", "data.max_length=16")
+    assert shell("predict", tmp_path / "lora", '{"sentence": "cat"}', *settings).startswith('{"label"')
+    assert "data.max_length is 999" in shell(
+        "predict", tmp_path / "lora", "cat", "--set", "data.max_length=999", code=2
+    )
+
+
 def test_predict_takes_another_copy_of_the_base_model(
     shell: Shell, world: Path, finished: Path, tmp_path: Path
 ) -> None:

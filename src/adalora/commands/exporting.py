@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .console import Model, Source, open_console, refuse_existing
+from .console import Model, Settings, Source, open_console, refuse_existing
 
 if TYPE_CHECKING:
     from .runs import Trained
@@ -41,6 +41,7 @@ def export(
         ),
     ] = Format.lora,
     model: Model = None,
+    settings: Settings = None,
 ) -> None:
     """Write a trained adapter as plain LoRA, as a whole model, or as PEFT's AdaLoRA; read back and compared."""
     refuse_existing(out, "--out")
@@ -48,7 +49,7 @@ def export(
     from .runs import read_trained
 
     quiet()
-    trained = read_trained(folder, model)
+    trained = read_trained(folder, model, settings or ())
     task = trained.task()
     adapted: Any = trained.model(task).cpu()
     difference = _write(trained, adapted, Format(format), out, task.task_type)
@@ -59,9 +60,9 @@ def export(
     open_console().print(f"{Format(format).value} in {out}, {size:,} bytes{checked}", markup=False)
 
 
-def merge(folder: Source, out: Out, model: Model = None) -> None:
+def merge(folder: Source, out: Out, model: Model = None, settings: Settings = None) -> None:
     """Write the base model with the adapter added to its weights: a model like any other."""
-    export(folder, out, Format.merged, model)
+    export(folder, out, Format.merged, model, settings)
 
 
 def _write(trained: Trained, model: Any, format: Format, out: Path, task_type: str | None) -> float | None:

@@ -153,14 +153,10 @@ def _recipe(source: str, settings: list[str], task: str) -> Recipe:
         raise ConfigError(f"{source!r} is not there; give a recipe, or a model's hub name or folder.")
     if task not in DATA:
         raise ConfigError(f"--task is {task!r}; known are {', '.join(DATA)}.")
-    import json
-    import tempfile
+    from .defaults import recipe_of
 
-    given = [f"task={task}", f"model.name_or_path={json.dumps(source)}", "data={}", "method.name=adalora", *settings]
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as empty:  # settings go on top of a file
-        empty.write("training: {}\n")
-        empty.flush()
-        return load_recipe(empty.name, given)
+    given = {"task": task, "model": {"name_or_path": source}, "data": {}, "method": {"name": "adalora"}}
+    return recipe_of(given, settings)
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:

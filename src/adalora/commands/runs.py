@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..reading import CONFIG_FILE
 from ..recipe import Recipe, load_recipe
 from ..resolve import resolve_model
 from ..tasks.base import Task, build_processor_task
+from .defaults import recipe_of
 
 _TASKS = {
     "SEQ_CLS": "classification",
@@ -52,15 +54,17 @@ class Trained:
         return self.method.load(task.build_model(self.path, self.recipe), self.adapter).to(device).eval()
 
 
-def read_trained(folder: Path, model: str | None = None) -> Trained:
+def read_trained(folder: Path, model: str | None = None, settings: Sequence[str] = ()) -> Trained:
     """A run's folder, or an adapter's alone; the base model is `model`, or what the files say.
+
+    `settings` change the recipe, or what stands for it where there is none.
 
     Raises AdapterFileError for a folder that is neither, ConfigError where the task cannot be told.
     """
     adapter = adapter_folder(folder)
     config = read_json(adapter / CONFIG_FILE)
     run = adapter.parent if (adapter.parent / "recipe.yaml").is_file() and adapter.name == "adapter" else None
-    recipe = load_recipe(str(run / "recipe.yaml")) if run else _recipe_of(adapter, config, model)
+    recipe = load_recipe(str(run / "recipe.yaml"), settings) if run else _recipe_of(adapter, config, model, settings)
     known = run is not None and (run / "result.json").is_file()
     labels = read_json(run / "result.json")["labels"] if run and known else _labels(adapter, recipe.task)
     if model:
@@ -114,7 +118,7 @@ def _labels(adapter: Path, task: str) -> list[str]:
     ]
 
 
-def _recipe_of(adapter: Path, config: dict[str, Any], model: str | None) -> Recipe:
+def _recipe_of(adapter: Path, config: dict[str, Any], model: str | None, settings: Sequence[str]) -> Recipe:
     """What an adapter without a run says about itself; the data section is the task's default."""
     kind, task = config.get("peft_type"), _TASKS.get(str(config.get("task_type")))
     if kind not in _METHODS:
@@ -127,6 +131,5 @@ def _recipe_of(adapter: Path, config: dict[str, Any], model: str | None) -> Reci
     base = model or config.get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{str(adapter / CONFIG_FILE)!r} does not say which model it was made for; give --model.")
-    return Recipe.model_validate(
-        {"task": task, "model": {"name_or_path": base}, "data": {}, "method": {"name": _METHODS[kind]}}
-    )
+    values = {"task": task, "model": {"name_or_path": base}, "data": {}, "method": {"name": _METHODS[kind]}}
+    return recipe_of(values, settings)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import AdapterFileError, ConfigError, DataError
-from .console import AsJson, Model, Source, open_console, print_json, refuse_existing
+from .console import AsJson, Model, Settings, Source, open_console, print_json, refuse_existing
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -31,6 +31,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Score the rows of this file, with the recipe's columns.")] = None,
     split: Annotated[str | None, typer.Option(help="train, validation or test of the recipe's own data.")] = None,
     model: Model = None,
+    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a trained adapter on its test set (validation where there is none), or on another file."""
@@ -40,7 +41,7 @@ def evaluate(
     from .runs import read_trained
 
     quiet()
-    trained = read_trained(folder, model)
+    trained = read_trained(folder, model, settings or ())
     recipe = trained.recipe if data is None else _with_file(trained, data)
     scores, split, rows = _scores(trained, recipe, "test" if data else split)
     if as_json:
@@ -58,6 +59,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Write there instead of to standard output.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model at once.")] = 32,
     model: Model = None,
+    settings: Settings = None,
 ) -> None:
     """Answer texts, a file or standard input with a trained adapter: one JSON object for each, in order."""
     if texts and file:
@@ -73,7 +75,7 @@ def predict(
     from .runs import read_trained
 
     quiet()
-    trained = read_trained(folder, model)
+    trained = read_trained(folder, model, settings or ())
     parts = batches(_rows(texts, file, trained.recipe), batch_size)
     first = next(parts, None)  # mistakes in the input before the model is loaded
     if first is None:
