@@ -34,7 +34,7 @@ class Setting:
     dropout: float = 0.0
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    update: str = "default"
+    update: str = "fused"  # as transformers.Trainer has it
 
     def build(self) -> nn.Module:
         """The base model. With 16 bits it alone is cast: both libraries keep adapters in fp32."""

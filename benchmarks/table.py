@@ -133,7 +133,7 @@ def _counts_cell(cell: records.Record) -> str:
 
 def _label(cell: records.Record) -> str:
     """The model, and what is not the rule: fp32 on the CPU with torch's default AdamW."""
-    usual = {"device": "cpu", "dtype": "float32", "update": "default"}
+    usual = {"device": "cpu", "dtype": "float32", "update": "fused"}
     return " ".join([cell["shape"], *(cell[name] for name, value in usual.items() if cell[name] != value)])
 
 

@@ -42,7 +42,7 @@ def cell(tokens: int = 2048, stage: str = "budget") -> dict[str, Any]:
         name: {"ms": 10.0, "floor": [1.0, 1.125, 1.25], "lora": [0.75, 0.875, 1.0], "trained": 4, "empty": 3}
         for name in STAGES[stage]
     }
-    usual = {"device": "cpu", "dtype": "float32", "update": "default", "environment": environment()}
+    usual = {"device": "cpu", "dtype": "float32", "update": "fused", "environment": environment()}
     return {"shape": "minilm", "stage": stage, "tokens": tokens, "threads": 1, "dropout": 0.1, "arms": arms, **usual}
 
 
@@ -224,7 +224,7 @@ def test_what_is_on_the_command_line_is_what_runs(capsys: pytest.CaptureFixture[
     monkeypatch.setitem(SHAPES, "minilm", tiny())
     monkeypatch.setattr(records, "store", lambda *_: pytest.fail("--quick stores nothing"))
     step.main(["--quick", "--tokens", "64", "--stage", "budget", "--dropout", "0.1"])
-    assert "minilm/budget/64 tokens/1 threads/dropout 0.1/cpu float32 default, 2 rounds" in capsys.readouterr().out
+    assert "minilm/budget/64 tokens/1 threads/dropout 0.1/cpu float32 fused, 2 rounds" in capsys.readouterr().out
 
 
 def test_what_make_bench_asks_for_can_be_asked() -> None:

@@ -229,6 +229,101 @@ def test_a_module_of_rank_zero_calls_nothing_and_the_rest_trains_on() -> None:
     assert allocator.step == STEPS
 
 
+def test_a_budget_of_nothing_leaves_nothing_and_the_run_ends() -> None:
+    model = net(adalora.AdaLoraConfig(**CONFIG.to_dict() | {"target_r": 0}))
+    model[0].bias.requires_grad_()
+    optimizer = adamw(model)
+    allocator = attach(model, optimizer)
+    train(model, optimizer, 0, STEPS)
+    assert [m.capacity for _, m in named_adapters(model)] == [0, 0]
+    assert (allocator.step, allocator.live) == (STEPS, 0)
+
+
+def test_a_state_of_few_triplets_is_not_taken_for_a_compacted_one() -> None:
+    """Its sizes would fit the budget, but not its scaling."""
+    small = net(adalora.AdaLoraConfig(**CONFIG.to_dict() | {"init_r": 3}))
+    model = net()
+    before = live(model)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.lora_A"):
+        model.load_state_dict(small.state_dict())
+    assert largest_difference(live(model), before) == 0.0
+    compacted = net()
+    optimizer = adamw(compacted)
+    attach(compacted, optimizer)
+    train(compacted, optimizer, 0, STEPS)
+    louder = net(adalora.AdaLoraConfig(**CONFIG.to_dict() | {"lora_alpha": 9}))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        louder.load_state_dict(compacted.state_dict())
+
+
+@pytest.mark.parametrize("missing", ["lora_A", "lora_B"])
+def test_a_part_of_a_compacted_state_changes_no_size(missing: str) -> None:
+    model = net()
+    optimizer = adamw(model)
+    attach(model, optimizer)
+    train(model, optimizer, 0, STEPS)
+    part = {key: value for key, value in model.state_dict().items() if missing not in key}
+    other = net(seed=1)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.lora_E"):
+        other.load_state_dict(part, strict=False)
+    assert [m.capacity for _, m in named_adapters(other)] == [8, 8]
+
+
+def test_several_processes_do_not_change_sizes_by_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    optimizer = adamw(model)
+    attach(model, optimizer)
+    train(model, optimizer, 0, STEPS)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(TrainingError, match="DistributedDataParallel would not keep equal"):
+        net(seed=1).load_state_dict(model.state_dict())
+
+
+def test_nothing_of_importance_is_held_where_nothing_asks_for_it() -> None:
+    """After the freeze, after compaction, after loading a frozen run; and never by magnitude."""
+    model = net()
+    optimizer = adamw(model)
+    allocator = attach(model, optimizer)
+    train(model, optimizer, 0, 3)
+    assert len(allocator._attachment.averages._shelves) == 1
+    train(model, optimizer, 3, STEPS)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, STEPS, STEPS + 1)
+    assert allocator._attachment.averages._shelves == []
+    magnitude = net(adalora.AdaLoraConfig(**CONFIG.to_dict() | {"importance": "magnitude"}))
+    optimizer = adamw(magnitude)
+    allocator = attach(magnitude, optimizer, compact=False)
+    train(magnitude, optimizer, 0, 5)
+    assert allocator._attachment.averages._shelves == []
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_a_model_converted_after_attaching_trains_like_one_converted_before(attached_first: bool) -> None:
+    model = net()
+    optimizer = adamw(model)
+    if attached_first:
+        model.float()
+        allocator = attach(model, optimizer)
+        model.double()
+    else:
+        model.float().double()
+        allocator = attach(model, optimizer)
+    train(model, optimizer, 0, 5)
+    assert allocator.step == 5
+    assert {v.dtype for s in optimizer.state.values() for k, v in s.items() if "adalora" in k} == {F64}
+
+
+def test_starting_over_measures_importance_anew() -> None:
+    model = net()
+    optimizer = adamw(model)
+    allocator = attach(model, optimizer, compact=False)
+    train(model, optimizer, 0, 5)
+    allocator.restart()
+    assert not any("adalora" in key for state in optimizer.state.values() for key in state)
+    assert (allocator.step, allocator.live) == (0, START)
+
+
 def test_a_trainer_compacts_and_resumes_on_either_side_of_it(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

@@ -171,7 +171,7 @@ def test_parameters_are_the_live_slices_and_everything_about_them_stays() -> Non
     scaling = first.scaling
     keys, trains = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
     assert compact_(adapters(model), optimizer) == 3
-    assert list(model.state_dict()) == keys
+    assert [key for key in model.state_dict() if not key.endswith("lora_scaling")] == keys
     assert [p.requires_grad for p in model.parameters()] == trains
     assert first.lora_A.tag == "kept"
     for (name, key), value in wanted.items():

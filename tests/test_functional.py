@@ -209,8 +209,8 @@ def test_entries_that_share_a_random_number_are_dropped_independently() -> None:
 
 def test_merging_begins_where_the_benchmark_says() -> None:
     weight = torch.empty(768, 384)
-    first = 4 * 768 * 384 // (768 + 384)
-    assert functional.MERGE_FROM == 4
+    first = 8 * 768 * 384 // (768 + 384)
+    assert functional.MERGE_FROM == 8
     assert [functional._merging_pays(tokens, weight) for tokens in (first - 1, first)] == [False, True]
 
 
@@ -294,3 +294,47 @@ def test_a_weight_that_trains_or_another_dtype_takes_the_slow_path() -> None:
     assert model(x).grad_fn.name() == "_AdaptedLinearBackward"
     slow_model[2].weight.requires_grad_()
     assert slow_model(x).grad_fn.name() == "AddBackward0"
+
+
+def test_dropout_takes_any_layout_also_where_the_mask_has_the_layout_of_its_input(monkeypatch: Any) -> None:
+    """On other devices the mask is made like x; a permuted one must not meet a view."""
+    monkeypatch.setattr(
+        functional, "keep_mask", lambda x, p: (torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - p), 1 - p)
+    )
+    x = torch.randn(2, IN, 4, dtype=F64).transpose(1, 2).requires_grad_()
+    _, weight, bias = inputs()
+    (grad,) = gradients(adapted_linear(x, weight, bias, factors(), S, dropout=0.5), [x])
+    assert grad.shape == x.shape
+
+
+def test_a_layer_without_inputs_gives_its_bias() -> None:
+    A, E, B = (torch.randn(shape) for shape in ((R, 0), (R, 1), (OUT, R)))
+    output = adapted_linear(torch.empty(3, 0), torch.empty(OUT, 0), torch.ones(OUT), (A, E, B), S)
+    assert torch.equal(output, torch.ones(3, OUT))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_can_be_saved(tmp_path: Any) -> None:
+    model, x = model_and_input()
+    torch.jit.trace(model, x).save(str(tmp_path / "traced.pt"))
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "traced.pt"))(x), model(x))
+
+
+def test_the_meta_device_gives_shapes() -> None:
+    model, x = model_and_input(lora_dropout=0.1)
+    assert model.to("meta")(x.to("meta")).shape == (8, 16)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear(6, 5), nn.Conv2d(6, 5, 1)], ids=["linear", "conv"])
+def test_merging_between_forward_and_backward_raises(kind: nn.Module) -> None:
+    model = nn.Sequential(nn.Tanh(), kind)
+    adalora.inject(model, adalora.AdaLoraConfig(target_modules=["1"], init_r=2, target_r=1))
+    x = torch.randn(2, 6, 3, 3) if isinstance(kind, nn.Conv2d) else torch.randn(2, 6)
+    output = model(x.requires_grad_())
+    adalora.merge(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    output = model(x)
+    adalora.unmerge(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()

@@ -114,8 +114,7 @@ class RankAllocator:
     @property
     def budget(self) -> int:
         """Triplets that the schedule grants after the latest step."""
-        target = self.schedule.target_budget
-        return target if self.frozen else self.schedule.budget(max(self.step - 1, 0))
+        return self.schedule.target_budget if self.frozen else self.schedule.budget(max(self.step - 1, 0))
 
     @property
     def skipped_steps(self) -> int:
@@ -133,6 +132,7 @@ class RankAllocator:
 
         Raises TrainingError before the first step: nothing is known of importance then.
         """
+        self._verdicts.hear(wait=True)
         if self.frozen:
             self._attached_to.restore()  # weights loaded since brought their own pattern
             mask_(self.modules.values())
@@ -141,7 +141,6 @@ class RankAllocator:
             raise TrainingError("no optimizer step has run, so there is no importance to allocate ranks by.")
         phase, step = self.phase, self.step
         self._allocate(step - 1, self.schedule.target_budget)
-        self._verdicts.hear(wait=True)
         self._freeze()
         logger.warning(
             "training stopped after step %d of %d, in the %s phase: the budget was enforced at once (%d of %d "
@@ -176,6 +175,7 @@ class RankAllocator:
                 "the pruned triplets were freed, so the schedule cannot start over with all of them; load the adapter "
                 "into a fresh base model with load_adapter(..., trainable=True) and train that."
             )
+        self._attached_to.averages.drop()
         self._attached_to.run.reset()
         self._after_loading()
 
@@ -200,13 +200,12 @@ class RankAllocator:
         if step_is_skipped(optimizer):
             self._skipped += 1
             return
-        step = self.step
         if self.frozen:
             mask_(self.modules.values())
         else:
-            self._follow(step)
-        self._attached_to.run.step = step + 1
-        self._record(step + 1)
+            self._follow(self.step)
+        self._attached_to.run.step += 1
+        self._record(self.step)
 
     def _follow(self, step: int) -> None:
         if step < self.schedule.total_step - self.schedule.tfinal:
@@ -244,6 +243,7 @@ class RankAllocator:
         )
 
     def _freeze(self) -> None:
+        self._verdicts.hear(wait=True)  # once in a run: a pattern from scores that are no numbers must not stay
         self._attached_to.run.freeze()
         self._attached_to.averages.drop()
         if self._compact:

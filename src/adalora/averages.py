@@ -23,46 +23,60 @@ SENSITIVITY, UNCERTAINTY = _KEYS = "adalora_sensitivity", "adalora_uncertainty"
 
 
 class Averages:
-    """Importance of the triplets of `modules`, from the gradients that `optimizer` steps with."""
+    """Importance of the triplets of `modules`, from the gradients that `optimizer` steps with.
+
+    Memory is taken when it is first needed, and anew where the parameters have moved since.
+    """
 
     def __init__(self, optimizer: Optimizer, modules: Sequence[SVDAdapter], config: AdaLoraConfig) -> None:
         self._optimizer, self._modules, self._config = optimizer, modules, config
-        alike: dict[Any, list[int]] = defaultdict(list)
-        for index, module in enumerate(modules):
-            A, B = module.lora_A, module.lora_B
-            alike[A.device, A.dtype, A.shape, B.shape].append(index)
-        shelves: dict[Any, list[list[int]]] = defaultdict(list)
-        for (device, dtype, *_), indices in alike.items():
-            shelves[device, dtype].append(indices)
-        self._shelves = [_Shelf([[modules[i] for i in group] for group in groups]) for groups in shelves.values()]
-        stacked = [i for groups in shelves.values() for group in groups for i in group]
-        self._order = _positions(stacked, [module.capacity for module in modules]).to(modules[0].lora_E.device)
+        self._shelves: list[_Shelf] = []
 
     def update(self) -> Tensor | None:
         """Take in the gradients of the step just done. Whether they were finite, if there were any: else nothing
         changed, on the device that had the fault.
         """
-        if self._config.importance == "magnitude":
+        if self._config.importance == "magnitude" or not self._modules:
             return None
+        self._arrange()
         state, betas = self._optimizer.state, (self._config.beta1, self._config.beta2)
         verdicts = [shelf.update(state, *betas) for shelf in self._shelves if shelf.takes_part(state)]
-        return torch.stack([verdict.to(self._order.device) for verdict in verdicts]).all() if verdicts else None
+        return torch.stack([verdict.to(self._device) for verdict in verdicts]).all() if verdicts else None
 
     def scores(self) -> Tensor:
-        """S of every triplet, (sum of r,), in the order of the modules."""
+        """S of every triplet, (sum of r,), in the order of the modules, of which there must be one."""
         if self._config.importance == "magnitude":
-            return torch.cat([magnitude_scores(m.lora_E).to(self._order.device) for m in self._modules])
+            return torch.cat([magnitude_scores(m.lora_E).to(self._device) for m in self._modules])
+        self._arrange()
         state, kind = self._optimizer.state, self._config.importance
-        parts = [part.to(self._order.device) for shelf in self._shelves for part in shelf.scores(state, kind)]
+        parts = [part.to(self._device) for shelf in self._shelves for part in shelf.scores(state, kind)]
         return torch.cat(parts).index_select(0, self._order)
 
     def drop(self) -> None:
         """Free them: a final pattern asks no more questions."""
-        for shelf in self._shelves:
-            for parameter in shelf.parameters:
+        for module in self._modules:
+            for parameter in (module.lora_A, module.lora_E, module.lora_B):
                 for key in _KEYS:
                     self._optimizer.state.get(parameter, {}).pop(key, None)
         self._shelves = []
+
+    @property
+    def _device(self) -> torch.device:
+        return self._modules[0].lora_E.device
+
+    def _arrange(self) -> None:
+        if self._shelves and all(shelf.fits for shelf in self._shelves):
+            return
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for index, module in enumerate(self._modules):
+            A, B = module.lora_A, module.lora_B
+            alike[A.device, A.dtype, A.shape, B.shape].append(index)
+        shelves: dict[Any, list[list[int]]] = defaultdict(list)
+        for (device, dtype, *_), indices in alike.items():
+            shelves[device, dtype].append(indices)
+        self._shelves = [_Shelf([[self._modules[i] for i in group] for group in groups]) for groups in shelves.values()]
+        stacked = [i for groups in shelves.values() for group in groups for i in group]
+        self._order = _positions(stacked, [module.capacity for module in self._modules]).to(self._device)
 
 
 class _Shelf:
@@ -81,6 +95,12 @@ class _Shelf:
             key: [part.view_as(p) for part, p in zip(torch.split(flat, sizes), self.parameters, strict=True)]
             for key, flat in self._flat.items()
         }
+
+    @property
+    def fits(self) -> bool:
+        """Whether the parameters are where and what they were."""
+        flat = self._flat[SENSITIVITY]
+        return all(p.device == flat.device and p.dtype == flat.dtype for p in self.parameters)
 
     def takes_part(self, state: Any) -> bool:
         return any(p.grad is not None or SENSITIVITY in state.get(p, ()) for p in self.parameters)

@@ -132,7 +132,7 @@ def _check_run(optimizer: Optimizer) -> None:
         raise TrainingError(
             f"compaction in a group of {distributed.get_world_size()} processes would go unnoticed by wrappers such as "
             "DDP, which hold the old parameters. Compact after training, when the process group is destroyed, or "
-            "before it is made and the model wrapped."
+            "before it is made and the model wrapped (with find_unused_parameters=True: modules without triplets)."
         )
     if isinstance(optimizer, LBFGS):
         raise TrainingError(

@@ -9,6 +9,7 @@ activations as rarely as it can; the tests hold it against the former.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 # On a CPU the product x·(W + s·ΔW)ᵀ is cheaper than two products from about this many times mn/(m+n) tokens on:
 # `python -m benchmarks.graphs` measures it.
-MERGE_FROM = 4
+MERGE_FROM = 8
 
 
 def delta_matrix(A: Tensor, E: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -55,14 +56,14 @@ def adapted_linear(
     """
     A, E, B = factors
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if autocasts(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     mask = None
     if dropout:
         mask, kept = keep_mask(x, dropout)
         scaling /= kept
-    tokens = x.numel() // x.shape[-1]
+    tokens = math.prod(x.shape[:-1])
     merge = mask is None and device == "cpu" and weight.dtype == A.dtype and _merging_pays(tokens, weight)
     with _without_autocast(device):
         return cast(Tensor, _apply(x, mask, weight, bias, A, E, B, scaling, merge))
@@ -78,7 +79,7 @@ def keep_mask(x: Tensor, dropout: float) -> tuple[Tensor, float]:
         return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - dropout), 1 - dropout
     steps = min(round(dropout * 2**16), 2**16 - 1)  # the last one lies outside 16 bits
     limits = torch.iinfo(torch.int64)
-    words = torch.randint(limits.min, limits.max, ((x.numel() + 3) // 4,))
+    words = torch.randint(limits.min, limits.max, ((x.numel() + 3) // 4,), device=x.device)
     lanes = words.view(torch.int16)[: x.numel()]  # uniform over -2¹⁵ … 2¹⁵-1
     return (lanes >= steps - 2**15).view(torch.uint8).view(x.shape), 1 - steps / 2**16
 
@@ -141,7 +142,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_x:
         grad_x = grads @ (_merged(weight, gated, low, scaling) if merge else weight)
         if mask is not None:
-            grad_x.addcmul_(back.t() @ low, mask.view(grad_x.shape), value=scaling)
+            grad_x.addcmul_(back.t() @ low, mask.reshape(grad_x.shape), value=scaling)
         elif not merge:
             grad_x.addmm_(back.t(), low, alpha=scaling)
         grad_x = grad_x.view(x.shape)
@@ -171,7 +172,7 @@ def _merging_pays(tokens: int, weight: Tensor) -> bool:
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def _gate(projected: Tensor, E: Tensor, scaling: float) -> Tensor:
@@ -182,4 +183,9 @@ def _gate(projected: Tensor, E: Tensor, scaling: float) -> Tensor:
 
 def like(x: Tensor, weight: Tensor) -> Tensor:
     """x in the dtype that it needs beside `weight`: a bf16 input meets fp32 adapters, unless autocast decides."""
-    return x if not x.is_meta and torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    return x if autocasts(x.device.type) else x.to(weight.dtype)
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; torch refuses the question for the meta device."""
+    return device != "meta" and torch.is_autocast_enabled(device)

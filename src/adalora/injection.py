@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .config import AdaLoraConfig
 from .conversion import convert, resize, restore
-from .errors import ConfigError, InjectionError
+from .errors import ConfigError, InjectionError, TrainingError
 from .layers import SVDAdapter
 from .targets import bound, find_targets, matches, saved_modules
 
@@ -126,18 +126,23 @@ def trained_biases(model: nn.Module, config: AdaLoraConfig) -> Iterator[tuple[st
 def _follow_loaded_capacity(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before load_state_dict: take on the size of a compacted adapter, or give it up for a whole one.
 
-    Any other size is left for torch to refuse: it belongs to a configuration with another rank and scaling.
+    A compacted state says by what it is scaled. Any other size is left for torch to refuse: it belongs to a
+    configuration with another rank and scaling.
     """
-    modules = dict(named_adapters(model))
-    stored = {name: state.get(f"{prefix}{name}.lora_E") for name in modules}
-    sizes = {name: len(value) for name, value in stored.items() if value is not None}
-    whole = {name: module.init_capacity for name, module in modules.items()}
-    budget = min(adapter_config(model).target_r * len(modules), sum(whole.values()))
-    compacted = sum(sizes.values()) == budget and all(size <= whole[name] for name, size in sizes.items())
-    if sizes.keys() == modules.keys() and (sizes == whole or compacted):
-        for name, module in modules.items():
-            if module.capacity != sizes[name]:
-                resize(module, sizes[name])
+    for name, module in named_adapters(model):
+        scaling = state.pop(f"{prefix}{name}.lora_scaling", None)
+        A, E, B = (state.get(f"{prefix}{name}.{key}") for key in ("lora_A", "lora_E", "lora_B"))
+        if A is None or E is None or B is None or len(E) == module.capacity:
+            continue
+        r, (out, in_) = len(E), module.shape
+        fits = (A.shape, E.shape, B.shape) == ((r, in_), (r, 1), (out, r))
+        if fits and (r == module.init_capacity or (scaling is not None and float(scaling) == module.scaling)):
+            if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+                raise TrainingError(
+                    f"the state has {r} triplets for {name!r}, the model {module.capacity}; new parameters are needed, "
+                    "which DistributedDataParallel would not keep equal. Load before any process group is made."
+                )
+            resize(module, r)
 
 
 def _follow_loaded_ranks(model: nn.Module, keys: Any) -> None:

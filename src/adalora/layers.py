@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import adapted_linear, delta_matrix, like, low_rank_embedding, low_rank_linear
+from .functional import adapted_linear, autocasts, delta_matrix, like, low_rank_embedding, low_rank_linear
 
 
 class SVDAdapter(nn.Module):
@@ -88,13 +88,18 @@ class SVDAdapter(nn.Module):
         with torch.no_grad():
             merged = (self.weight + self.delta_weight()).to(self.weight.dtype)
             self.register_buffer("base_weight", self.weight.data, persistent=False)
-            self.weight.data = merged
+            self._show(merged)
 
     def unmerge(self) -> None:
         """Put the original weight back, the same bits in the same memory. No-op if not merged."""
         if self.base_weight is not None:
-            self.weight.data = self.base_weight
+            self._show(self.base_weight)
             self.register_buffer("base_weight", None, persistent=False)
+
+    def _show(self, weight: Tensor) -> None:
+        self.weight.data = weight
+        # So that a backward pass of before, which would see the wrong weight, raises.
+        torch.autograd.graph.increment_version(self.weight)
 
     def extra_repr(self) -> str:
         rank = "?" if self.lora_keep.is_meta else self.rank
@@ -105,6 +110,8 @@ class SVDAdapter(nn.Module):
         if self.merged:  # the weight holds the increment, which must not be applied a second time
             for name in ("lora_A", "lora_E", "lora_B"):
                 del destination[prefix + name]
+        elif self.capacity < self.init_capacity:  # the scaling is that of the initial rank, which is no longer seen
+            destination[f"{prefix}lora_scaling"] = torch.tensor(self.scaling, dtype=torch.float64)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unmerge()
@@ -128,12 +135,14 @@ class SVDDense(SVDAdapter):
         return low_rank_linear(self.dropped(x), self.lora_A, self.lora_E, self.lora_B, self.scaling)
 
     def _in_one_step(self, x: Tensor) -> bool:
-        """Whether `adapted_linear` may do it: a frozen weight in plain memory, of x's dtype, outside torch.func."""
+        """Whether `adapted_linear` may do it: a frozen weight in plain memory, of x's dtype, outside torch.func and
+        of traces, which cannot hold an autograd function.
+        """
         weight = self.weight
         known = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.requires_grad
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return False
-        return known and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+        return known and (x.dtype == weight.dtype or autocasts(x.device.type))
 
 
 class SVDLinear(SVDDense, nn.Linear):

@@ -71,11 +71,11 @@ def penalty_gradients(matrices: Sequence[Tensor], form: OrthForm, weight: float 
     the strides of its matrix. Nothing is added to any graph.
     """
     gradients: list[Tensor] = [torch.empty(0)] * len(matrices)
-    alike: dict[tuple[torch.Size, torch.device, bool], list[int]] = defaultdict(list)
+    alike: dict[tuple[torch.Size, torch.device, torch.dtype, bool], list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
-        alike[matrix.shape, matrix.device, matrix.is_contiguous()].append(index)
+        alike[matrix.shape, matrix.device, matrix.dtype, matrix.is_contiguous()].append(index)
     with torch.no_grad():
-        for (_, _, upright), indices in alike.items():
+        for (*_, upright), indices in alike.items():
             stacked = torch.stack([matrices[index] if upright else matrices[index].T for index in indices])
             excess = _excess(stacked if upright else stacked.mT)  # (k, r, r)
             if form == "norm":

@@ -25,7 +25,7 @@ class Verdicts:
             if not answer:
                 if_not()
             return
-        heard = torch.empty((), dtype=torch.bool, pin_memory=True)
+        heard = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
         heard.copy_(answer, non_blocking=True)
         arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrival.record(torch.cuda.current_stream(answer.device))

@@ -171,7 +171,7 @@ def save_adapter_only(model: PreTrainedModel) -> None:
     folder also is an adapter folder that PEFT and `load_adapter` read.
     """
     config = adapter_config(model)
-    kept = _adapter_keys(model)
+    kept = _adapter_keys(model) | {f"{name}.lora_scaling" for name, _ in named_adapters(model)}
     kept |= {f"{name}.{key}" for name, module in saved_modules(model, config) for key in module.state_dict()}
     kept |= {name for name, _ in trained_biases(model, config)}
     model._keys_to_ignore_on_save = set(model.state_dict()) - kept
