@@ -142,6 +142,7 @@ def test_every_arm_is_first_equally_often_and_has_changing_predecessors() -> Non
     assert before == {"b", "d"}
 
 
+@pytest.mark.slow
 def test_a_cell_is_kept_only_if_it_answers_the_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "step.json"
     setting = Setting(tiny())
@@ -159,6 +160,7 @@ def test_a_cell_is_kept_only_if_it_answers_the_question(tmp_path: Path, capsys: 
     assert not step.is_known(known | {"environment": environment()}, "cpu", rounds=2)
 
 
+@pytest.mark.slow
 def test_counts_of_an_arm_add_up() -> None:
     setting = Setting(tiny())
     batch = setting.shape.batch(128)
@@ -176,6 +178,7 @@ def test_counts_of_an_arm_add_up() -> None:
     assert rows[LORA]["optimizer state"] == 8 * rows[LORA]["trained"] + 4 * 2 * MATRICES["minilm"]
 
 
+@pytest.mark.slow
 def test_counts_do_not_wobble() -> None:
     setting = Setting(tiny())
     batch = setting.shape.batch(128)
@@ -220,6 +223,7 @@ def test_the_document_has_every_table() -> None:
     assert document.count("Not measured yet.") == 3
 
 
+@pytest.mark.slow
 def test_what_is_on_the_command_line_is_what_runs(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setitem(SHAPES, "minilm", tiny())
     monkeypatch.setattr(records, "store", lambda *_: pytest.fail("--quick stores nothing"))

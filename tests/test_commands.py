@@ -367,6 +367,7 @@ def test_every_task_of_a_text_model_can_be_planned(task: str, shell: Shell, worl
     assert plan["batch"]["longest"].startswith("128 tokens")
 
 
+@pytest.mark.slow
 def test_images_and_pairs_can_be_planned(shell: Shell, tmp_path: Path) -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     vit = config_folder(ViTConfig(**small, image_size=32, patch_size=8), tmp_path / "vit")
@@ -378,6 +379,7 @@ def test_images_and_pairs_can_be_planned(shell: Shell, tmp_path: Path) -> None:
         assert plan["matrices"] == matrices
 
 
+@pytest.mark.slow
 def test_activations_are_what_autograd_keeps(shell: Shell, world: Path) -> None:
     small, large = (
         json.loads(

@@ -324,6 +324,7 @@ def test_starting_over_measures_importance_anew() -> None:
     assert (allocator.step, allocator.live) == (0, START)
 
 
+@pytest.mark.slow
 def test_a_trainer_compacts_and_resumes_on_either_side_of_it(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

@@ -472,6 +472,7 @@ def test_a_tiny_model_learns_its_answers(tmp_path: Path, kind: str, packing: str
     assert answers == [{"text": "It is orange.\n\n#### 6", "answer": "6"}]
 
 
+@pytest.mark.slow
 def test_lora_by_peft_trains_and_answers_too(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen2", template=CHATML)
     write(tmp_path / "chats.jsonl", chats(12))

@@ -229,6 +229,7 @@ def test_rows_become_what_the_model_reads(folder: Path) -> None:
     assert getattr(model(**probe), name).shape == (2, 5, len(WORDS))
 
 
+@pytest.mark.slow
 def test_label_smoothing_trains(folder: Path, tmp_path: Path) -> None:
     rows = toy(200, 0)
     task = build(folder, rows, toy(20, 1))

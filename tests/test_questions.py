@@ -263,6 +263,7 @@ def test_a_tiny_bert_learns_to_find_what_is_asked_for(folder: Path, tmp_path: Pa
         assert 0 < answer["score"] <= 1 and answer["no_answer_probability"] is None
 
 
+@pytest.mark.slow
 def test_a_tiny_bert_learns_when_there_is_no_answer(folder: Path, tmp_path: Path) -> None:
     held = toy(60, 16, seed=1, without=True) + toy(40, 30, seed=2, without=True)
     task = build(folder, toy(800, 16, seed=0, without=True), held, max_length=24, stride=6, no_answer=True)

@@ -116,7 +116,9 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(world, tmp_path_factory.mktemp("runs") / "whole").folder
 
 
-@pytest.mark.parametrize("step,last", [(13, 10), (8, 5), (22, 20)])
+@pytest.mark.parametrize(
+    "step,last", [(13, 10), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 5), (22, 20)))]
+)
 def test_a_killed_run_goes_on_bit_by_bit(
     step: int, last: int, world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +131,7 @@ def test_a_killed_run_goes_on_bit_by_bit(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["resumed_from"] == last
 
 
+@pytest.mark.slow
 def test_lora_and_accumulated_steps_go_on_bit_by_bit(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +141,7 @@ def test_lora_and_accumulated_steps_go_on_bit_by_bit(
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_at_the_end_of_an_epoch_is_as_good(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +151,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_is_as_good(
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_can_lose_its_machine_twice(
     world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +166,7 @@ def test_a_run_can_lose_its_machine_twice(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_run_that_a_signal_stopped_goes_on_from_that_very_step(
     number: signal.Signals, world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +183,7 @@ def test_a_run_that_a_signal_stopped_goes_on_from_that_very_step(
     assert_same_run(whole, tmp_path / "run", forced_log=11)
 
 
+@pytest.mark.slow
 def test_a_time_limit_that_is_over_can_be_raised(world: Path, tmp_path: Path) -> None:
     whole = train(world, tmp_path / "whole", save_strategy="no")
     train(world, tmp_path / "run", "max_minutes=1e-9", save_strategy="no")
@@ -189,6 +196,7 @@ def test_a_time_limit_that_is_over_can_be_raised(world: Path, tmp_path: Path) ->
     "name,part",
     [("optimizer.pt", 0.7), ("model.safetensors", 0.5), ("trainer_state.json", 0.5), ("rng_state.pth", None)],
 )
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_passed_over_with_a_line(
     name: str, part: float | None, world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +212,7 @@ def test_a_torn_checkpoint_is_passed_over_with_a_line(
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_says_that_it_starts_again(
     world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +225,7 @@ def test_a_run_killed_before_its_first_checkpoint_says_that_it_starts_again(
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_goes_on_once_the_reason_is_gone(
     world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +308,7 @@ def test_the_best_model_is_of_the_final_phase_however_good_an_earlier_one_was(
     assert (recipe["metric_for_best_model"], recipe["greater_is_better"]) == ("accuracy", True)
 
 
+@pytest.mark.slow
 def test_patience_counts_from_the_final_phase_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = score_by_step({2: 1.0, 16: 0.5}, monkeypatch)
     result = train(world, tmp_path / "run", early_stopping_patience=2, **BEST)
@@ -311,6 +322,7 @@ def test_patience_counts_from_the_final_phase_on(world: Path, tmp_path: Path, mo
     assert all(torch.equal(best[key], final[key]) for key in final)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_up_its_patience(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         score_by_step({16: 0.5}, patch)
@@ -322,6 +334,7 @@ def test_a_resumed_run_takes_up_its_patience(world: Path, tmp_path: Path, monkey
     assert result.steps == 20 and len(steps) == 2  # one evaluation, the second without a gain, and the last one
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_final_phase_returns_no_earlier_checkpoint(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +346,7 @@ def test_a_stop_before_the_final_phase_returns_no_earlier_checkpoint(
     assert state["best_model_checkpoint"] is None or state["best_model_checkpoint"].endswith("-6")
 
 
+@pytest.mark.slow
 def test_lora_chooses_among_all_checkpoints(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score_by_step({4: 1.0, 18: 0.6}, monkeypatch)
     train(world, tmp_path / "run", LORA, load_best_model_at_end=True, **BEST)

@@ -42,7 +42,7 @@ class InstructionsTask:
     data: InstructionsData
     name: str
     metric: str = "loss"
-    questions: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # (prompt, reference) of each split
+    asked: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # (prompt, reference) of each split
     notes: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     task_type: str | None = "CAUSAL_LM"
@@ -94,7 +94,7 @@ class InstructionsTask:
                 f"the tokenizer of {self.name!r} gives token {highest}, but the model has {size}: the tokenizer files "
                 "are of another model."
             )
-        for split, questions in self.questions.items():
+        for split, questions in self.asked.items():
             self._require_room(model, [prompt for prompt, _ in questions], f"data.{split}")
         if self.data.packing:
             require_isolation(model, self.name)
@@ -110,7 +110,7 @@ class InstructionsTask:
         """Loss and perplexity of a split and, if asked for, exact match of its generated answers."""
         scores = self.compute_metrics(trainer.predict(self.splits[split], metric_key_prefix=split))
         if self.data.evaluate_generation:
-            prompts, references = zip(*self.questions[split], strict=True)
+            prompts, references = zip(*self.asked[split], strict=True)
             answers = self._generate(trainer.model, prompts, f"data.{split}")
             pattern = self.data.answer_pattern
             # A reference always has a final answer, so that None is never right.
@@ -261,7 +261,7 @@ def build_task(path: str, recipe: Recipe) -> InstructionsTask:
     for split, rows in raw.items():
         task.splits[split] = _encode_split(task, split, rows)
         if data.evaluate_generation and split != "train":
-            task.questions[split] = _questions(task.format, split, rows)
+            task.asked[split] = _questions(task.format, split, rows)
     require_known_tokens(task.splits["train"], task.processor, recipe.model.name_or_path)
     if data.kind != "text":
         task.notes.append(_example(task.format, raw["train"][0]))
