@@ -6,8 +6,10 @@ Larger batches, more models and other devices: `python -m benchmarks.step --help
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 
-from benchmarks import counts, start, step, table
+from benchmarks import table
 
 # Short texts and a full batch on one and two threads; dropout; the other shapes, each at one size.
 STEPS = (
@@ -16,7 +18,12 @@ STEPS = (
     "--shape deberta-base --tokens 256 --threads 2 --rounds 10",
     "--shape llama --tokens 2048 --threads 2 --stage budget",
 )
-COUNTS = ("--shape deberta-base --tokens 256", "--shape minilm --tokens 2048")
+COUNTS = (
+    "--shape deberta-base --tokens 256 --stage budget",
+    "--shape deberta-base --tokens 256 --stage compacted",
+    "--shape minilm --tokens 2048 --stage budget",
+    "--shape minilm --tokens 2048 --stage compacted",
+)
 
 
 def main() -> None:
@@ -25,11 +32,16 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="measure only the times that results/step.json lacks")
     options = parser.parse_args()
     for choices in STEPS:
-        step.main([*choices.split(), *([] if options.keep else ["--again"])])
+        run("step", [*choices.split(), *([] if options.keep else ["--again"])])
     for choices in COUNTS:
-        counts.main(choices.split())
-    start.main([])
+        run("counts", choices.split())
+    run("start", [])
     table.main()
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """In a process of its own: the profiler of one measurement must not fill the memory of the next."""
+    subprocess.run([sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}", *arguments], check=True)
 
 
 if __name__ == "__main__":

@@ -151,9 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="by default 30, 12 or 8, as the batch grows")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base model")
-    parser.add_argument(
-        "--update", choices=["default", "foreach", "fused"], default="fused", help="AdamW's, all arms"
-    )
+    parser.add_argument("--update", choices=["default", "foreach", "fused"], default="fused", help="AdamW's, all arms")
     parser.add_argument("--again", action="store_true", help="measure cells that the file holds already")
     parser.add_argument("--quick", action="store_true", help="two rounds, to see that it runs; stores nothing")
     parser.add_argument("--out", type=Path, default=records.RESULTS / "step.json")
