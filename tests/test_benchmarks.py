@@ -119,6 +119,7 @@ def test_a_batch_is_made_of_whole_sequences() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
 def test_a_round_of_every_arm_gives_paired_ratios(stage: str) -> None:
     record = step.measure(Setting(tiny()), 64, stage, rounds=3, threads=1)
     assert list(record["arms"]) == list(STAGES[stage])

@@ -276,6 +276,7 @@ def deberta_base() -> DebertaV2Config:
     [(deberta_base(), "classification", 72, 165_888), (BartConfig(), "seq2seq", 192, 540_672)],
     ids=["DeBERTaV3-base", "BART-large"],
 )
+@pytest.mark.slow
 def test_the_sizes_of_the_papers_models_come_from_their_configurations_alone(
     config: Any, task: str, matrices: int, unit: int, shell: Shell, tmp_path: Path
 ) -> None:

@@ -222,6 +222,7 @@ print(json.dumps(outcome))
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_leaves_a_whole_adapter_or_one_known_to_be_torn(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     run = subprocess.run(

@@ -154,6 +154,7 @@ def test_a_folder_without_image_processor_is_refused(folder: Path, tmp_path: Pat
         without_data(str(tmp_path), recipe(folder, ".jsonl"), ["a"])
 
 
+@pytest.mark.slow
 def test_a_tiny_vit_learns_two_classes_and_predicts_new_images(folder: Path, tmp_path: Path) -> None:
     settings = [
         "training.num_train_epochs=12",

@@ -450,6 +450,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind,packing", [("llama", "true"), ("gpt2", "false")])
+@pytest.mark.slow
 def test_a_tiny_model_learns_its_answers(tmp_path: Path, kind: str, packing: str) -> None:
     save_model(tmp_path, kind)
     write(tmp_path / "pairs.jsonl", questions(24))

@@ -126,6 +126,7 @@ def by_predicting(task: PairsTask, model: nn.Module, rows: list[Row]) -> dict[st
         pytest.param("mbart", 200, 2e-2, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_tiny_model_learns_to_copy_the_first_words(tmp_path: Path, kind: str, steps: int, rate: float) -> None:
     save(tmp_path, kind)
     rows, held = toy(600, 0), toy(40, 1)
@@ -148,6 +149,7 @@ def test_a_tiny_model_learns_to_copy_the_first_words(tmp_path: Path, kind: str, 
 
 
 @pytest.mark.parametrize("method", [{"name": "adalora", "init_r": 6, "target_r": 4}, {"name": "lora", "r": 4}])
+@pytest.mark.slow
 def test_a_run_can_be_used_from_its_folder(tmp_path: Path, method: dict[str, Any]) -> None:
     save(tmp_path)
     rows, held = toy(200, 0), toy(20, 1)

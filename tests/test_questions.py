@@ -242,6 +242,7 @@ def by_predicting(task: QuestionsTask, model: nn.Module, rows: list[Row]) -> dic
     return {"exact_match": scores["exact"], "f1": scores["f1"]}
 
 
+@pytest.mark.slow
 def test_a_tiny_bert_learns_to_find_what_is_asked_for(folder: Path, tmp_path: Path) -> None:
     held = toy(60, 16, seed=1) + toy(40, 30, seed=2)
     task = build(folder, toy(600, 16, seed=0), held, max_length=24, stride=6)
@@ -285,6 +286,7 @@ def test_a_tiny_bert_learns_when_there_is_no_answer(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("method", [{"name": "adalora", "init_r": 6, "target_r": 4}, {"name": "lora", "r": 4}])
+@pytest.mark.slow
 def test_a_run_can_be_used_from_its_folder(tmp_path: Path, method: dict[str, Any]) -> None:
     save(tmp_path)
     rows, held = toy(200, 16, seed=0), toy(20, 30, seed=1)

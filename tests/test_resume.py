@@ -258,6 +258,7 @@ def test_what_cannot_be_resumed_is_refused_and_left_alone(
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_still_goes_on_cannot_be_resumed(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

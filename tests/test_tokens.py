@@ -162,6 +162,7 @@ def test_a_word_that_the_tokenizer_drops_counts_as_outside(world: Path) -> None:
     assert task._scores("validation", guess)["accuracy"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_run_learns_entities_and_predicts_them_with_places(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

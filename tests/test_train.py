@@ -167,6 +167,7 @@ def test_a_run_shorter_than_the_logging_interval_logs_its_loss(world: Path, tmp_
     assert [record["step"] for record in metrics if "loss" in record] == [3]
 
 
+@pytest.mark.slow
 def test_the_resolved_recipe_reruns_to_the_same_adapter(finished: tuple[RunResult, list[str]], tmp_path: Path) -> None:
     result, _ = finished
     console = Console(quiet=True)
