@@ -87,9 +87,9 @@ def keep_mask(x: Tensor, dropout: float) -> tuple[Tensor, float]:
 class _AdaptedLinear(torch.autograd.Function):
     """Two graphs of one map. Split: the increment is added into the base output, and x Aᵀ is kept. Merged: one
     product with W + s·ΔW, which is made anew in backward rather than kept. The thin products have the rank as their
-    first dimension, (r, T) and (r, out): BLAS does them in half the time or less than transposed.
+    first dimension, (r, T) and (r, out): BLAS does them faster than transposed.
 
-    `setup_context` would open it to torch.func, for 70 microseconds more a call; there the slow path serves.
+    `setup_context` would open it to torch.func, but binds a signature in every call; there the slow path serves.
     """
 
     @staticmethod
