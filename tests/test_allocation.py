@@ -1,6 +1,7 @@
 """The exact top-b choice against the twin's, and against what the authors' threshold does instead."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -95,3 +96,60 @@ def test_a_minimum_protects_a_weak_matrix_and_no_more() -> None:
 def test_matrices_of_different_capacity_compete_as_equals() -> None:
     scores = tensors([[5.0], [], [4.0, 6.0, 1.0]])
     assert [k.tolist() for k in keep_top(scores, 2)] == [[True], [], [False, True, False]]
+
+
+# --- With costs ---------------------------------------------------------------------------------------------
+
+
+def bought_in_turn(
+    scores: list[list[float]], costs: list[int], budget: int, minimum: list[int], exponent: float
+) -> Any:
+    """The greedy knapsack, one triplet after the other."""
+    keeps = [[False] * len(values) for values in scores]
+    worth = {(k, i): v / costs[k] ** exponent for k, values in enumerate(scores) for i, v in enumerate(values)}
+    granted = [
+        (k, i)
+        for k, values in enumerate(scores)
+        for i in sorted(range(len(values)), key=lambda i: -values[i])[: minimum[k]]
+    ]
+    ranked = sorted(worth, key=lambda place: -worth[place])
+    for k, i in [p for p in ranked if p in granted] + [p for p in ranked if p not in granted]:
+        if costs[k] <= budget:
+            keeps[k][i], budget = True, budget - costs[k]
+    return keeps, budget
+
+
+@st.composite
+def priced(draw: st.DrawFn) -> tuple[list[list[float]], list[int], int, list[int]]:
+    scores = draw(lists.filter(lambda s: any(s)))
+    costs = [draw(st.integers(1, 9)) for _ in scores]
+    minimum = [draw(st.integers(0, len(values))) for values in scores]
+    least = sum(c * m for c, m in zip(costs, minimum, strict=True))
+    return scores, costs, draw(st.integers(least, sum(c * len(v) for c, v in zip(costs, scores, strict=True)))), minimum
+
+
+@settings(max_examples=300, deadline=None)
+@given(priced(), st.sampled_from([0.0, 0.5, 1.0]))
+def test_with_costs_the_choice_is_the_greedy_one_and_never_above_the_budget(problem: Any, exponent: float) -> None:
+    scores, costs, budget, minimum = problem
+    keeps = keep_top(tensors(scores), budget, minimum, costs, exponent)
+    expected, left = bought_in_turn(scores, costs, budget, minimum, exponent)
+    assert [keep.tolist() for keep in keeps] == expected
+    spent = sum(c * int(keep.sum()) for c, keep in zip(costs, keeps, strict=True))
+    assert spent == budget - left
+    dropped = [c for c, keep in zip(costs, keeps, strict=True) if not keep.all()]
+    assert all(c > left for c in dropped)
+
+
+def test_density_prefers_what_is_cheap_for_its_score() -> None:
+    """Scores 3 and 2 at prices 9 and 1, budget 9: by score the dear one, by density the cheap one."""
+    dear, cheap = torch.tensor([3.0]), torch.tensor([2.0])
+    assert [k.tolist() for k in keep_top([dear, cheap], 9, None, [9, 1], 0.0)] == [[True], [False]]
+    assert [k.tolist() for k in keep_top([dear, cheap], 9, None, [9, 1], 0.5)] == [[False], [True]]
+
+
+def test_equal_costs_give_the_choice_of_triplets() -> None:
+    scores = [torch.rand(5), torch.rand(4)]
+    for budget in range(10):
+        same = keep_top(scores, 7 * budget + 3, None, [7, 7], 1.0)
+        assert all(map(torch.equal, same, keep_top(scores, budget)))

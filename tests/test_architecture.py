@@ -18,9 +18,13 @@ SOURCE = Path(adalora.__file__).parent
 # another as long as no circle arises.
 CORE = (
     {"errors", "functional", "allocation", "verdicts"},
-    {"schedule", "layers", "files"},
-    {"config", "conversion", "optimizers", "masking", "runstate"},
+    {"schedule", "layers", "files", "checks"},
+    {"config", "optimizers", "masking", "runstate"},
+    {"stepsize"},
+    {"conversion"},
     {"importance", "targets", "compaction"},
+    {"budget", "fisher", "basis"},
+    {"refactoring"},
     {"averages", "injection", "reading"},
     {"regularizer", "report", "stored", "merging"},
     {"attachment", "checkpoint"},
@@ -35,6 +39,7 @@ RINGS = (
     {"resuming"},
     {"train"},
     {"compare", "summary"},
+    {"study"},
     {"demo"},
     {"commands"},
     {"cli"},

@@ -363,6 +363,11 @@ EVERY_FIELD = {
     "beta1": 0.8,
     "beta2": 0.9,
     "importance": "sensitivity",
+    "budget": "params",
+    "target_parameters": 0.05,
+    "cost_exponent": 0.7,
+    "init_lora_weights": "orthogonal",
+    "refactor": True,
     "orth_reg_weight": 0.3,
     "orth_reg_form": "squared",
 }

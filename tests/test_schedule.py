@@ -106,7 +106,7 @@ REFUSED: dict[str, tuple[dict[str, int], str]] = {
     "no interval": ({"deltaT": 0}, "deltaT is 0; it must be at least 1"),
     "target above start": (
         {"target_budget": 9},
-        "target budget of 9 triplets.*the 8 that the adapter holds; lower targ",
+        "target budget of 9 does not.*the 8 that the adapter holds; lower targ",
     ),
     "negative target": ({"target_budget": -1}, "target budget of -1"),
 }

@@ -412,7 +412,7 @@ def test_load_best_model_from_before_the_budget_still_ends_on_it(
     lines = [r.getMessage() for r in caplog.records if "from before the budget was met" in r.getMessage()]
     assert len(lines) == 1
     assert f"{TARGET} triplets outside the final pattern were cut" in lines[0]  # all 52 were alive there
-    assert f"budget {TARGET} / {TARGET} reached" in caplog.text
+    assert f"budget {TARGET} / {TARGET} triplets reached" in caplog.text
     run.save_model(str(tmp_path / "final"))  # and saving it warns of nothing
     assert adalora.rank_report(adalora.load_adapter(bert(), tmp_path / "final")).total_rank == TARGET
 

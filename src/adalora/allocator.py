@@ -9,7 +9,6 @@ and mask in the first parameter group. So whoever checkpoints the optimizer chec
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -19,24 +18,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .allocation import keep_top
-from .attachment import Attachment
+from .attachment import Attachment, claim
 from .errors import ConfigError, TrainingError
-from .injection import Progress, adapter_config, adapter_root, named_adapters, record_progress
-from .masking import mask_, set_pattern_
+from .injection import Progress, adapter_config, adapter_root, model_budget, named_adapters, record_progress
+from .masking import mask_
 from .optimizers import check_membership, step_is_skipped, unwrap
 from .schedule import Phase, Schedule, run_length
-from .targets import bound
 from .verdicts import Verdicts
 
 logger = logging.getLogger("adalora")
 
 Listener = Callable[[int, int, Mapping[str, Tensor]], None]
 
-_attached: weakref.WeakKeyDictionary[Optimizer, weakref.ref[RankAllocator]] = weakref.WeakKeyDictionary()
-
 
 class RankAllocator:
-    """Distributes the triplet budget of an adapted model while an optimizer trains it.
+    """Distributes the budget of an adapted model over its triplets while an optimizer trains it.
 
         RankAllocator(model, total_step=3000).attach(optimizer)
 
@@ -53,11 +49,12 @@ class RankAllocator:
         if not self.modules:
             raise ConfigError("every module has rank 0, so there is no budget to distribute; raise max_rank.")
         self._capacities = [module.init_capacity for module in self.modules.values()]
+        budget = model_budget(self.root)
+        self.unit, self._costs = budget.unit, [budget.costs[name] for name in self.modules]
+        self.minimum = [budget.minimum[name] for name in self.modules]
         # A pruned adapter that trains on starts from the triplets that it still has.
-        target = min(config.target_r * len(list(named_adapters(self.root))), sum(self._capacities))
-        self.schedule = Schedule.from_config(config, sum(self._capacities), target, run_length(config, total_step))
-        minima = [bound(config.min_rank, name, 0) for name in self.modules]
-        self.minimum = [min(least, most) for least, most in zip(minima, self._capacities, strict=True)]
+        target = min(budget.target, budget.initial)
+        self.schedule = Schedule.from_config(config, budget.initial, target, run_length(config, total_step))
         self.on_allocate: list[Listener] = []
         self._compact, self._skipped = compact, 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -72,17 +69,9 @@ class RankAllocator:
         """
         optimizer = unwrap(optimizer)
         check_membership(optimizer, self.modules)
-        earlier = _attached.get(optimizer, lambda: None)()
-        if earlier is not None and earlier.root is self.root:
-            earlier.detach()
-        elif earlier is not None and earlier._hooks:
-            raise TrainingError(
-                "this optimizer already runs the allocator of another model and both would count its steps; give each "
-                "model its own optimizer."
-            )
+        claim(optimizer, self)
         self.detach()
-        self._attachment = Attachment(optimizer, self.modules, self.config)
-        _attached[optimizer] = weakref.ref(self)
+        self._attachment = Attachment(optimizer, self.modules, self.config, self.schedule.window)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -107,13 +96,18 @@ class RankAllocator:
         return self._attached_to.run.frozen
 
     @property
+    def attached(self) -> bool:
+        """Whether the hooks are in place."""
+        return bool(self._hooks)
+
+    @property
     def phase(self) -> Phase:
         """The phase of the coming step."""
         return Phase.FINAL if self.frozen else self.schedule.phase(self.step)
 
     @property
     def budget(self) -> int:
-        """Triplets that the schedule grants after the latest step."""
+        """What the schedule grants after the latest step, in `unit`s."""
         return self.schedule.target_budget if self.frozen else self.schedule.budget(max(self.step - 1, 0))
 
     @property
@@ -127,6 +121,11 @@ class RankAllocator:
         """Triplets that the latest allocation left alive."""
         return sum(module.rank for module in self.modules.values())
 
+    @property
+    def spent(self) -> int:
+        """What the live triplets cost, in `unit`s."""
+        return sum(cost * module.rank for cost, module in zip(self._costs, self.modules.values(), strict=True))
+
     def finalize(self) -> None:
         """Enforce the target budget now, for good; what a run that ends early must do. No-op if it is met.
 
@@ -137,19 +136,20 @@ class RankAllocator:
             self._attached_to.restore()  # weights loaded since brought their own pattern
             mask_(self.modules.values())
             return
-        if self.step == 0:
-            raise TrainingError("no optimizer step has run, so there is no importance to allocate ranks by.")
         phase, step = self.phase, self.step
+        if step == 0:
+            raise TrainingError("no optimizer step has run, so there is no importance to allocate ranks by.")
         self._allocate(step - 1, self.schedule.target_budget)
         self._freeze()
         logger.warning(
             "training stopped after step %d of %d, in the %s phase: the budget was enforced at once (%d of %d "
-            "triplets kept), without final tuning of the kept ones",
+            "%s kept), without final tuning of the kept ones",
             step,
             self.schedule.total_step,
             phase.value,
-            self.live,
+            self.spent,
             self.schedule.initial_budget,
+            self.unit,
         )
 
     def compact(self) -> None:
@@ -227,10 +227,9 @@ class RankAllocator:
         scores = self._attached_to.averages.scores()
         values = torch.cat([module.lora_E.detach().to(scores.device) for module in modules]).view(-1)
         self._verdicts.ask((scores + values).isfinite().all(), partial(self._diverged, scores, values))
-        keeps = keep_top(torch.split(scores, self._capacities), budget, self.minimum)
-        set_pattern_(modules, keeps)
-        mask_(modules)
-        self._attached_to.run.keep(torch.cat(keeps))
+        exponent, parts = self.config.cost_exponent, torch.split(scores, self._capacities)
+        keeps = keep_top(parts, budget, self.minimum, self._costs, exponent)
+        self._attached_to.keep_only(keeps)
         for listener in self.on_allocate:
             listener(step, budget, dict(zip(self.modules, keeps, strict=True)))
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .averages import SENSITIVITY, UNCERTAINTY, Averages
 from .compaction import compact_
 from .config import AdaLoraConfig
 from .errors import TrainingError
+from .fisher import SQUARES, WEIGHT, FisherAverages
 from .layers import SVDAdapter
-from .masking import set_pattern_
+from .masking import mask_, set_pattern_
 from .optimizers import (
     check_dtype,
     check_restored_state,
@@ -21,21 +25,61 @@ from .optimizers import (
     step_is_skipped,
     when_gradients_are_there,
 )
+from .refactoring import refactor_
 from .regularizer import add_penalty_gradient_
 from .runstate import RunState
 
 
-class Attachment:
-    """Made by `RankAllocator.attach`. `averages` and `run` are the importance and the state of the run so far."""
+class Driver(Protocol):
+    """An allocator, as its optimizer sees it."""
 
-    def __init__(self, optimizer: Optimizer, modules: Mapping[str, SVDAdapter], config: AdaLoraConfig) -> None:
-        self.optimizer, self._modules, self._config = optimizer, modules, config
+    root: nn.Module
+
+    @property
+    def attached(self) -> bool:
+        """Whether it still has hooks in the optimizer."""
+
+    def detach(self) -> None:
+        """Take them out."""
+
+
+_drivers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Driver]] = weakref.WeakKeyDictionary()
+
+
+def claim(optimizer: Optimizer, driver: Driver) -> None:
+    """Make `driver` the one that runs in `optimizer`; an earlier one of the same model is detached.
+
+    Raises TrainingError if an allocator of another model runs there.
+    """
+    earlier = _drivers.get(optimizer, lambda: None)()
+    if earlier is not None and earlier.root is driver.root:
+        earlier.detach()
+    elif earlier is not None and earlier.attached:
+        raise TrainingError(
+            "this optimizer already runs the allocator of another model and both would count its steps; give each "
+            "model its own optimizer."
+        )
+    _drivers[optimizer] = weakref.ref(driver)
+
+
+class Attachment:
+    """Made by `RankAllocator.attach`. `averages` and `run` are the importance and the state of the run so far.
+
+    `window`: steps that a Fisher score looks back.
+    """
+
+    averages: Averages | FisherAverages
+
+    def __init__(
+        self, optimizer: Optimizer, modules: Mapping[str, SVDAdapter], config: AdaLoraConfig, window: int
+    ) -> None:
+        self.optimizer, self._modules, self._config, self._window = optimizer, modules, config, window
         self.run = RunState(optimizer)
         self.restore()
 
     def restore(self) -> None:
         """Take up what the optimizer holds: when it is attached, and when it has loaded another state."""
-        check_restored_state(self.optimizer, self._modules, (SENSITIVITY, UNCERTAINTY))
+        check_restored_state(self.optimizer, self._modules, (SENSITIVITY, UNCERTAINTY, SQUARES, WEIGHT))
         set_pattern_(self._modules.values(), self.run.patterns(self._modules))
         self._look()
 
@@ -43,6 +87,15 @@ class Attachment:
         """Free pruned triplets in modules and optimizer."""
         compact_(self._modules, self.optimizer)
         self._look()
+
+    def keep_only(self, keeps: list[Tensor]) -> None:
+        """Prune all but `keeps`, bool (r_k,) of each module k, and re-factorize if the configuration says so."""
+        set_pattern_(self._modules.values(), keeps)
+        mask_(self._modules.values())
+        self.run.keep(torch.cat(keeps))
+        if self._config.refactor:
+            refactor_([module for _, module, _ in self._trained], self.optimizer)
+            self.averages.drop()  # what was known of importance belongs to the old triplets
 
     def before_step(self, args: Any, kwargs: Any) -> Any:
         """Check that the modules still are what was attached, and add the regularizer's gradient."""
@@ -71,7 +124,11 @@ class Attachment:
         modules = {name: module for name, module in self._modules.items() if module.capacity}
         self._trained = [(name, m, (m.lora_A, m.lora_E, m.lora_B)) for name, m in modules.items()]
         self._compacted = any(module.capacity < module.init_capacity for module in self._modules.values())
-        self.averages = Averages(self.optimizer, list(modules.values()), self._config)
+        trained = list(modules.values())
+        if self._config.importance == "fisher":
+            self.averages = FisherAverages(self.optimizer, trained, self._window)
+        else:
+            self.averages = Averages(self.optimizer, trained, self._config)
 
     def _add_penalty(self) -> None:
         weight, optimizer = self._config.orth_reg_weight, self.optimizer

@@ -9,17 +9,27 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from .checks import check_int, check_pattern, check_real
 from .errors import ConfigError
 from .schedule import Schedule
 
 Bias = Literal["none", "all", "lora_only"]
 OrthForm = Literal["norm", "squared"]
-Importance = Literal["sensitivity*uncertainty", "sensitivity", "magnitude"]
+Importance = Literal["sensitivity*uncertainty", "sensitivity", "magnitude", "fisher"]
+Unit = Literal["triplets", "params"]
+Start = Literal["gaussian", "orthogonal"]
+
+_CHOICES = {
+    "bias": Bias,
+    "budget": Unit,
+    "init_lora_weights": Start,
+    "importance": Importance,
+    "orth_reg_form": OrthForm,
+}
 
 ALL_LINEAR = "all-linear"
 
@@ -39,8 +49,16 @@ class AdaLoraConfig:
     Size
         init_r, target_r: triplets per matrix at the start and, on average, at the end.
         min_rank, max_rank: bounds for each module, as one number or {module name or ending: number}.
+        budget: what is shared out: "triplets", as in the paper, or "params", where a triplet costs what its matrix
+            is high and wide. The latter is a hard limit, target_r on average, or target_parameters: an int, or a
+            float as a fraction of the base model.
+        cost_exponent: with "params", triplets are ranked by importance / cost to this power.
+    Step
         lora_alpha, lora_dropout: the increment is scaled by lora_alpha / (init_r + 1e-5) for life, as in the
-            authors' code; rescaling by the current rank was tried by them and hurt.
+            authors' code; rescaling by the current rank was tried by them and hurt. None lets `inject` choose
+            the number with which LoRA's usual learning rates serve (`stepsize`).
+        init_lora_weights: "gaussian", N(0, 0.02²) as in the authors' code, or "orthogonal".
+        refactor: after each allocation make P and Q orthonormal and Λ the singular values, exactly (`refactoring`).
     Schedule: int = optimizer steps, float in [0, 1) = fraction of the run
         tinit: warm-up with the full budget. tfinal: how long the final pattern trains at the end.
         deltaT: steps between allocations. total_step: length of the run; whoever runs the loop may tell it
@@ -64,8 +82,13 @@ class AdaLoraConfig:
     target_r: int = 8
     min_rank: int | Mapping[str, int] = 0
     max_rank: int | Mapping[str, int] | None = None
-    lora_alpha: float = 16.0
+    budget: Unit = "triplets"
+    target_parameters: int | float | None = None
+    cost_exponent: float = 0.5
+    lora_alpha: float | None = 16.0
     lora_dropout: float = 0.0
+    init_lora_weights: Start = "gaussian"
+    refactor: bool = False
     tinit: int | float = 0.1
     tfinal: int | float = 0.4
     deltaT: int | float = 0.005
@@ -78,8 +101,8 @@ class AdaLoraConfig:
 
     def __post_init__(self) -> None:
         self._normalize_names()
-        _check_int("init_r", self.init_r, least=1)
-        _check_int("target_r", self.target_r, least=0)
+        check_int("init_r", self.init_r, least=1)
+        check_int("target_r", self.target_r, least=0)
         if self.target_r > self.init_r:
             raise ConfigError(
                 f"target_r ({self.target_r}) is above init_r ({self.init_r}); triplets are only ever pruned, so "
@@ -88,17 +111,23 @@ class AdaLoraConfig:
         self._check_rank_bounds()
         self._check_schedule()
         for name in ("beta1", "beta2"):
-            _check_real(name, getattr(self, name), above=0.0, below=1.0)
-        _check_real("lora_alpha", self.lora_alpha, above=0.0)
-        _check_real("lora_dropout", self.lora_dropout, least=0.0, below=1.0)
-        _check_real("orth_reg_weight", self.orth_reg_weight, least=0.0)
-        for name, literal in (("bias", Bias), ("orth_reg_form", OrthForm), ("importance", Importance)):
+            check_real(name, getattr(self, name), above=0.0, below=1.0)
+        self._check_budget()
+        if self.lora_alpha is not None:
+            check_real("lora_alpha", self.lora_alpha, above=0.0)
+        if not isinstance(self.refactor, bool):
+            raise ConfigError(f"refactor is {self.refactor!r}; it must be true or false.")
+        check_real("lora_dropout", self.lora_dropout, least=0.0, below=1.0)
+        check_real("orth_reg_weight", self.orth_reg_weight, least=0.0)
+        for name, literal in _CHOICES.items():
             if getattr(self, name) not in get_args(literal):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {get_args(literal)}.")
 
     @property
     def scaling(self) -> float:
         """Factor of the increment; the 1e-5 is in the authors' code and so in every stored adapter."""
+        if self.lora_alpha is None:
+            raise ConfigError("lora_alpha is not chosen yet; adalora.inject does so, for the shapes of the model.")
         return self.lora_alpha / (self.init_r + 1e-5)
 
     def for_another_run(self) -> AdaLoraConfig:
@@ -148,9 +177,21 @@ class AdaLoraConfig:
                 raise ConfigError(f"{name} is {value!r}; every entry must be {entry.__name__}.")
             object.__setattr__(self, name, entries)
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            _check_pattern(name, getattr(self, name))
+            check_pattern(name, getattr(self, name))
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern does nothing without layers_to_transform; set both or neither.")
+
+    def _check_budget(self) -> None:
+        check_real("cost_exponent", self.cost_exponent, least=0.0)
+        goal = self.target_parameters
+        if goal is None:
+            return
+        if self.budget != "params":
+            raise ConfigError(f"target_parameters is {goal!r}, which counts only with budget='params'; set that too.")
+        if isinstance(goal, float):
+            check_real("target_parameters", goal, above=0.0, below=1.0)
+        else:
+            check_int("target_parameters", goal, least=0)
 
     def _check_rank_bounds(self) -> None:
         for name in ("min_rank", "max_rank"):
@@ -158,9 +199,9 @@ class AdaLoraConfig:
             if isinstance(bound, Mapping):
                 object.__setattr__(self, name, dict(bound))
                 for key, value in bound.items():
-                    _check_int(f"{name}[{key!r}]", value, least=0, most=self.init_r)
+                    check_int(f"{name}[{key!r}]", value, least=0, most=self.init_r)
             elif name == "min_rank" or bound is not None:
-                _check_int(name, bound, least=0, most=self.init_r)
+                check_int(name, bound, least=0, most=self.init_r)
         if isinstance(self.min_rank, int) and isinstance(self.max_rank, int) and self.min_rank > self.max_rank:
             raise ConfigError(f"min_rank ({self.min_rank}) is above max_rank ({self.max_rank}).")
         if isinstance(self.min_rank, Mapping) and isinstance(self.max_rank, Mapping):
@@ -181,9 +222,9 @@ class AdaLoraConfig:
                         f"of steps write an int, such as {name}={steps}."
                     )
             else:
-                _check_int(name, value, least=least)
+                check_int(name, value, least=least)
         if self.total_step is not None:
-            _check_int("total_step", self.total_step, least=1)
+            check_int("total_step", self.total_step, least=1)
         both = [value for value in (self.tinit, self.tfinal) if isinstance(value, float)]
         if len(both) == 2 and sum(both) >= 1.0:
             raise ConfigError(
@@ -192,43 +233,6 @@ class AdaLoraConfig:
             )
         if self.total_step is not None:
             Schedule.from_config(self, initial_budget=1, target_budget=0, total_step=self.total_step)
-
-
-def _check_pattern(name: str, value: str | tuple[str, ...] | None) -> None:
-    # Entries of a list are plain endings, but for layers_pattern.
-    for pattern in (value,) if isinstance(value, str) else value if value and name == "layers_pattern" else ():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"{name} is {value!r}, which is no regular expression ({error}). Mend it, or list plain names."
-            ) from error
-
-
-def _check_int(name: str, value: object, *, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); it must be an int.")
-    if value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"between {least} and init_r ({most})"
-        raise ConfigError(f"{name} is {value}; it must be {bounds}.")
-
-
-def _check_real(
-    name: str,
-    value: object,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    below: float = math.inf,
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); it must be a number.")
-    too_low = (least is not None and value < least) or (above is not None and value <= above)
-    if too_low or not value < below:
-        low = f"at least {least}" if least is not None else f"above {above}"
-        raise ConfigError(
-            f"{name} is {value}; it must be {low} and " + (f"below {below}." if below < math.inf else "finite.")
-        )
 
 
 def _plain(value: Any) -> Any:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import Start
 from .errors import InjectionError
 from .layers import SVDAdapter, SVDConv1d, SVDConv2d, SVDConv3d, SVDEmbedding, SVDLinear
-
-INIT_STD = 0.02  # of A and B in the authors' code; the paper gives none
+from .stepsize import INIT_STD
 
 # Types of other packages stand by name, so that nothing is imported before such a module is met.
 _REGISTRY: dict[str, type[SVDAdapter] | str] = {
@@ -39,8 +39,17 @@ def adapter_type(module_type: type[nn.Module]) -> type[SVDAdapter] | None:
     return None
 
 
-def convert(module: nn.Module, r: int, scaling: float, dropout: float) -> SVDAdapter:
-    """Give `module`, in place, an increment of capacity r that is zero at first: A, B ~ N(0, 0.02²), E = 0.
+def adapter_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) that the increment of an adaptable module has."""
+    adapter = adapter_type(type(module))
+    assert adapter is not None
+    return adapter.shape_of(module)
+
+
+def convert(module: nn.Module, r: int, scaling: float, dropout: float, start: Start = "gaussian") -> SVDAdapter:
+    """Give `module`, in place, an increment of capacity r that is zero at first: E = 0, A and B random.
+
+    "gaussian": N(0, 0.02²). "orthogonal": orthonormal rows of A and columns of B, as far as there are dimensions.
 
     The adapter is fp32 (fp64 on an fp64 base) on the device of the weight: importance is a product of small
     numbers, which 16 bits lose. Raises InjectionError if there is no adapter for the type.
@@ -58,8 +67,8 @@ def convert(module: nn.Module, r: int, scaling: float, dropout: float) -> SVDAda
     module.register_buffer("lora_keep", torch.ones(r, dtype=torch.bool, device=weight.device), persistent=False)
     for name, size in (("lora_A", (r, in_)), ("lora_E", (r, 1)), ("lora_B", (out, r))):
         module.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=dtype, device=weight.device)))
-    nn.init.normal_(module.lora_A, std=INIT_STD)
-    nn.init.normal_(module.lora_B, std=INIT_STD)
+    for factor in (module.lora_A, module.lora_B):
+        nn.init.orthogonal_(factor) if start == "orthogonal" and r else nn.init.normal_(factor, std=INIT_STD)
     if isinstance(module, SVDEmbedding) and module.padding_idx is not None:
         with torch.no_grad():
             module.lora_A[:, module.padding_idx] = 0  # the padding row stays what it is

@@ -1,4 +1,4 @@
-"""How important a triplet is: equations 9 to 13, as pure functions of tensors.
+"""How important a triplet is: equations 9 to 13, and a Fisher score, as pure functions of tensors.
 
 Sensitivity I = |θ·∇θ| of every entry is smoothed to Ī, and its deviation |I - Ī| to Ū; both start at zero
 without bias correction. As in the authors' code θ is the weight after the optimizer's step, and ∇θ its
@@ -41,6 +41,21 @@ def triplet_scores(A: Tensor, E: Tensor, B: Tensor) -> Tensor:
     A (..., r, in), E (..., r, 1), B (..., out, r) hold the entry scores.
     """
     return E.squeeze(-1) + (A.mean(dim=-1) + B.mean(dim=-2))
+
+
+def update_fisher_(squares: Tensor, weight: Tensor, product: Tensor, beta: float) -> Tensor:
+    """v ← βv + (1-β)(λ·∂L/∂λ)² and w ← βw + (1-β), in place; all of one shape, `product` holds λ·∂L/∂λ.
+
+    v / w is the average without the bias of its start. Half of it is, to second order and with the empirical Fisher
+    information for the curvature, by how much the loss rises without the triplet. Returns whether `product` was
+    finite, as a bool scalar on its device: if it was not, both keep every bit.
+    """
+    with torch.no_grad():
+        finite = product.isfinite().all()
+        step = finite.to(product.dtype) * (1 - beta)
+        squares.lerp_(product.nan_to_num(0.0, 0.0, 0.0).square(), step)
+        weight.lerp_(torch.ones_like(weight), step)
+    return finite
 
 
 def magnitude_scores(E: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,10 +10,12 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .budget import Budget, check_bounds, plan_budget
 from .config import AdaLoraConfig
-from .conversion import convert, resize, restore
-from .errors import ConfigError, InjectionError, TrainingError
+from .conversion import adapter_shape, convert, resize, restore
+from .errors import InjectionError, TrainingError
 from .layers import SVDAdapter
+from .stepsize import usual_alpha
 from .targets import bound, find_targets, matches, saved_modules
 
 M = TypeVar("M", bound=nn.Module)
@@ -53,7 +56,13 @@ def inject(model: M, config: AdaLoraConfig | None = None) -> M:
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise InjectionError(f"{name!r} is lazy and cannot be frozen yet; run one forward pass first.")
     ranks = {name: bound(config.max_rank, name, config.init_r) for name in targets}
-    _check_budget(config, ranks)
+    shapes = {name: adapter_shape(module) for name, module in targets.items()}
+    budget = plan_budget(config, shapes, ranks, base_size(model))
+    check_bounds(config, ranks, budget)
+    if config.lora_alpha is None:
+        config = dataclasses.replace(
+            config, lora_alpha=usual_alpha(config, shapes, budget.target / sum(budget.costs.values()))
+        )
     install(model, config, ranks)
     record_progress(model, Progress(0, config.total_step))
     return model
@@ -69,7 +78,7 @@ def install(model: M, config: AdaLoraConfig, ranks: dict[str, int]) -> M:
     model.requires_grad_(False)
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
-        convert(modules[name], rank, config.scaling, config.lora_dropout)
+        convert(modules[name], rank, config.scaling, config.lora_dropout, config.init_lora_weights)
     for _, module in saved_modules(model, config):
         module.requires_grad_(True)
     for _, bias in trained_biases(model, config):
@@ -161,18 +170,6 @@ def _follow_loaded_ranks(model: nn.Module, keys: Any) -> None:
         record_progress(model, Progress(None, training_progress(model).total_step))
 
 
-def _check_budget(config: AdaLoraConfig, ranks: dict[str, int]) -> None:
-    target, least = config.target_r * len(ranks), sum(bound(config.min_rank, name, 0) for name in ranks)
-    if not least <= target <= sum(ranks.values()):
-        raise ConfigError(
-            f"target_r={config.target_r} over {len(ranks)} modules asks for {target} triplets in the end, but "
-            f"min_rank and max_rank allow {least} to {sum(ranks.values())}; change target_r or the bounds."
-        )
-    for name, most in ranks.items():
-        if bound(config.min_rank, name, 0) > most:
-            raise ConfigError(f"for {name!r} min_rank is {bound(config.min_rank, name, 0)}, above max_rank {most}.")
-
-
 def adapter_root(model: nn.Module) -> nn.Module:
     """The module that was injected: `model`, or what a wrapper such as DDP holds. Raises InjectionError."""
     roots = [module for module in model.modules() if _CONFIG in vars(module)]
@@ -193,6 +190,19 @@ def adapter_config(model: nn.Module) -> AdaLoraConfig:
     config = getattr(adapter_root(model), _CONFIG)
     assert isinstance(config, AdaLoraConfig)
     return config
+
+
+def model_budget(model: nn.Module) -> Budget:
+    """What there is to share out in an adapted model; the target may lie above what a pruned adapter still has."""
+    root, adapters = adapter_root(model), dict(named_adapters(adapter_root(model)))
+    shapes = {name: module.shape for name, module in adapters.items()}
+    capacities = {name: module.init_capacity for name, module in adapters.items()}
+    return plan_budget(adapter_config(root), shapes, capacities, base_size(root))
+
+
+def base_size(model: nn.Module) -> int:
+    """Parameters of `model` without those of adapters."""
+    return sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
 
 
 def record_progress(root: nn.Module, progress: Progress) -> None:

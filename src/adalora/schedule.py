@@ -2,7 +2,7 @@
 
 Equation 14 of the paper as the authors' code has it (`RankAllocator.schedule_threshold`): the printed
 equation subtracts the final phase once too often and jumps above the initial budget. Plain integers, no
-torch. What a budget counts (triplets) and who gets it is decided in `allocation`.
+torch. What a budget counts is decided in `budget`, who gets it in `allocation`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Phase(Enum):
 class Schedule:
     """Budgets of a run of `total_step` optimizer steps, which are counted from 0.
 
-    `initial_budget` and `target_budget` are triplets over all matrices; `tinit`, `tfinal` and `deltaT` are
-    steps. `tfinal` is a duration, not a point in time. Raises ConfigError for a schedule that cannot run.
+    `initial_budget` and `target_budget` are triplets, or parameters, over all matrices; `tinit`, `tfinal` and `deltaT`
+    are steps. `tfinal` is a duration, not a point in time. Raises ConfigError for a schedule that cannot run.
     """
 
     initial_budget: int
@@ -71,8 +71,8 @@ class Schedule:
             )
         if not 0 <= self.target_budget <= self.initial_budget:
             raise ConfigError(
-                f"the target budget of {self.target_budget} triplets does not lie between 0 and the "
-                f"{self.initial_budget} that the adapter holds; lower target_r or raise init_r."
+                f"the target budget of {self.target_budget} does not lie between 0 and the {self.initial_budget} that "
+                "the adapter holds; lower target_r or raise init_r."
             )
 
     @classmethod
@@ -93,6 +93,11 @@ class Schedule:
         """
         return min(self.total_step - self.tfinal, self.total_step - 1)
 
+    @property
+    def window(self) -> int:
+        """Steps that a Fisher score looks back: a tenth of the reduction, but enough for an average."""
+        return max((self.freeze_step - self.tinit) // 10, 10)
+
     def phase(self, step: int) -> Phase:
         """The phase of the 0-based optimizer step `step`."""
         if step >= self.freeze_step:
@@ -100,7 +105,7 @@ class Schedule:
         return Phase.WARMUP if step <= self.tinit else Phase.REDUCTION
 
     def budget(self, step: int) -> int:
-        """Triplets that may be live after the 0-based optimizer step `step` (equation 14, truncated)."""
+        """What may be live after the 0-based optimizer step `step` (equation 14, truncated)."""
         match self.phase(step):
             case Phase.WARMUP:
                 return self.initial_budget

@@ -63,7 +63,7 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         if not is_adapted(model):
             inject(model, with_task_head(self.config or AdaLoraConfig(), model))
-        elif self.config is not None and adapter_config(model) not in (self.config, with_task_head(self.config, model)):
+        elif self.config is not None and not _chosen_so(model, self.config):
             raise ConfigError(
                 "the model is adapted already, with another configuration; pass AdaLoraCallback() without one."
             )
@@ -113,7 +113,15 @@ class AdaLoraCallback(TrainerCallback):
                 "pattern were cut; let load_best_model_at_end choose among checkpoints of the final phase",
                 before - acting_triplets(allocator),
             )
-        logger.info("budget %d / %d reached", allocator.live, allocator.schedule.target_budget)
+        logger.info("budget %d / %d %s reached", allocator.spent, allocator.schedule.target_budget, allocator.unit)
+
+
+def _chosen_so(model: nn.Module, config: AdaLoraConfig) -> bool:
+    """Whether `model` was injected with `config`, which may leave the task head and lora_alpha open."""
+    actual = adapter_config(model)
+    if config.lora_alpha is None:
+        actual = dataclasses.replace(actual, lora_alpha=None)
+    return actual in (config, with_task_head(config, model))
 
 
 def acting_triplets(allocator: RankAllocator) -> int:

@@ -1,0 +1,68 @@
+"""The Fisher score of Λ, in the optimizer's state beside each Λ's own: two numbers a triplet, nothing for P and Q.
+
+By Euler's identity λ·∂L/∂λ is also what the row of Q and the column of P would say, summed over their entries. The
+gradient of Λ is the task's alone: the regularizer has none there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .importance import update_fisher_
+from .layers import SVDAdapter
+
+SQUARES, WEIGHT = _KEYS = "adalora_squares", "adalora_weight"
+
+
+class FisherAverages:
+    """Importance of the triplets of `modules`, over about `window` steps."""
+
+    def __init__(self, optimizer: Optimizer, modules: Sequence[SVDAdapter], window: int) -> None:
+        self._optimizer, self._modules, self._beta = optimizer, modules, 1 - 1 / window
+
+    def update(self) -> Tensor | None:
+        """Take in the gradients of the step just done. Whether they were finite, if there were any."""
+        verdicts = []
+        by_device: dict[torch.device, list[SVDAdapter]] = defaultdict(list)
+        for module in self._modules:
+            if module.lora_E.grad is not None:
+                by_device[module.lora_E.device].append(module)
+        for together in by_device.values():
+            values = torch.cat([module.lora_E.detach() for module in together])  # (sum of r, 1)
+            product = values * torch.cat([module.lora_E.grad for module in together])  # type: ignore[misc]
+            held = {key: [self._held(module, key) for module in together] for key in _KEYS}
+            squares, weight = (torch.cat(held[key]) for key in _KEYS)
+            verdicts.append(update_fisher_(squares, weight, product, self._beta))
+            sizes = [module.capacity for module in together]
+            torch._foreach_copy_(held[SQUARES], torch.split(squares, sizes))
+            torch._foreach_copy_(held[WEIGHT], torch.split(weight, sizes))
+        return torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all() if verdicts else None
+
+    def scores(self) -> Tensor:
+        """v / w of every triplet, (sum of r,), in the order of the modules; 0 where no gradient came yet."""
+        device, state = self._modules[0].lora_E.device, self._optimizer.state
+        parts = []
+        for module in self._modules:
+            held = [state.get(module.lora_E, {}).get(key) for key in _KEYS]
+            known = held[0] is not None and held[1] is not None
+            parts.append(held[0] / held[1].clamp_min(1e-30) if known else torch.zeros_like(module.lora_E))
+        return torch.cat([part.to(device) for part in parts]).view(-1)
+
+    def drop(self) -> None:
+        """Free them: a final pattern asks no more questions, and another basis has other answers."""
+        for module in self._modules:
+            for key in _KEYS:
+                self._optimizer.state.get(module.lora_E, {}).pop(key, None)
+
+    def _held(self, module: SVDAdapter, key: str) -> Tensor:
+        state = self._optimizer.state[module.lora_E]
+        if key not in state:
+            state[key] = torch.zeros_like(module.lora_E)
+        value = state[key]
+        assert isinstance(value, Tensor)
+        return value
