@@ -11,7 +11,20 @@ from ..recipe import did_you_mean
 from .base import Method
 
 # By name, so that a run imports no other method's packages.
-_METHODS = {"adalora": "adalora:AdaLora", "lora": "lora:Lora"}
+_METHODS = {
+    "adalora": "adalora:AdaLora",
+    "lora": "lora:Lora",
+    "full": "full:Full",
+    "bitfit": "bitfit:BitFit",
+    "houlsby": "houlsby:Houlsby",
+    "pfeiffer": "pfeiffer:Pfeiffer",
+    "peft-adalora": "peft_adalora:PeftAdaLora",
+    "prune-lora": "prune_lora:PruneLora",
+    "lora-regu": "lora_regu:LoraRegu",
+    "svd-lora": "svd_lora:SvdLora",
+    "static-lora": "static_lora:StaticLora",
+    "squeeze-lora": "squeeze_lora:SqueezeLora",
+}
 
 
 def build_method(section: Mapping[str, Any]) -> Method:

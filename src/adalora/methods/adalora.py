@@ -20,6 +20,8 @@ from .base import ParameterCount
 class AdaLora:
     """Options are the fields of AdaLoraConfig."""
 
+    resumable = True
+
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.config = AdaLoraConfig.from_dict(options)
         self.callback = AdaLoraCallback()

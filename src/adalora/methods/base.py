@@ -22,6 +22,10 @@ class ParameterCount:
 class Method(Protocol):
     """A way to adapt a model; one file each."""
 
+    @property
+    def resumable(self) -> bool:
+        """Whether a Trainer's checkpoint holds everything; else a run that was cut short starts again."""
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Adapt `model` (in place or wrapped) and choose what trains."""
 

@@ -2,68 +2,47 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
+from ..checkpoint import exact_targets
 from ..config import AdaLoraConfig
 from ..conversion import adapter_type
 from ..errors import ConfigError
-from ..integrations.transformers import with_task_head
-from ..recipe import did_you_mean
 from ..targets import find_targets
 from .base import ParameterCount
-
-_DEFAULTS: dict[str, Any] = {
-    "r": 8,
-    "lora_alpha": 16,
-    "lora_dropout": 0.0,
-    "target_modules": "all-linear",
-    "exclude_modules": None,
-    "modules_to_save": None,
-    "parameters": None,
-}
+from .options import CHOICE, check_counts, check_lora, check_parameters, resolved, with_head
+from .ranks import spread
 
 
 class Lora:
-    """Options: r, lora_alpha, lora_dropout, target_modules, exclude_modules, modules_to_save, parameters.
+    """LoRA (arXiv 2106.09685). Options: r, lora_alpha, lora_dropout, target_modules, exclude_modules,
+    modules_to_save, parameters.
 
     `parameters` fixes the size instead of r: the largest uniform rank that it allows, and what is left over
     as one more rank for single modules, spread over the depth. The scale stays lora_alpha / r for all.
     Raises ConfigError for an option that does not exist or cannot be meant.
     """
 
+    name: ClassVar[str] = "lora"
+    defaults: ClassVar[dict[str, Any]] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, **CHOICE, "parameters": None}
+    resumable = True
+
     def __init__(self, options: Mapping[str, Any]) -> None:
-        for key in options:
-            if key not in _DEFAULTS:
-                raise ConfigError(f"method lora has no option {key!r}; " + did_you_mean(key, list(_DEFAULTS)))
-        self._options = _DEFAULTS | dict(options)
-        _check(self._options)
+        self._options = resolved(self.name, self.defaults, options)
+        self._check()
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel."""
-        choose = {k: self._options[k] for k in ("target_modules", "exclude_modules", "modules_to_save")}
-        config = with_task_head(AdaLoraConfig(**choose), model)
-        costs = {name: sum(_shape(module)) for name, module in find_targets(model, config).items()}
+        config, costs = chosen(model, self._options)
         ranks = self._ranks(costs)
         scale = self._options["lora_alpha"] / self._options["r"]
-        least = min(ranks.values())
-        more = {f"^{name}": rank for name, rank in ranks.items() if rank != least}
-        lora = LoraConfig(
-            r=least,
-            lora_alpha=scale * least,
-            lora_dropout=self._options["lora_dropout"],
-            target_modules=list(costs),
-            modules_to_save=list(config.modules_to_save or ()) or None,
-            rank_pattern=more,
-            alpha_pattern={name: scale * rank for name, rank in more.items()},
-        )
-        return get_peft_model(model, lora)
+        return wrap(model, config, ranks, scale, self._options["lora_dropout"])
 
     def callbacks(self) -> list[TrainerCallback]:
         """None: LoRA does nothing while training."""
@@ -71,9 +50,8 @@ class Lora:
 
     def count(self, model: nn.Module) -> ParameterCount:
         """LoRA's size never changes."""
-        adapter = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return ParameterCount(adapter, adapter, trained - adapter)
+        adapter, head = lora_count(model)
+        return ParameterCount(adapter, adapter, head)
 
     def save(self, model: nn.Module, folder: Path, base: str, task_type: str | None) -> None:
         """As PEFT does."""
@@ -87,44 +65,65 @@ class Lora:
         """All options, defaults resolved."""
         return dict(self._options)
 
+    def _check(self) -> None:
+        check_counts(self._options, "r")
+        check_lora(self._options)
+        check_parameters(self._options, "r")
+
     def _ranks(self, costs: Mapping[str, int]) -> dict[str, int]:
         goal, whole = self._options["parameters"], sum(costs.values())
         if goal is None:
             return dict.fromkeys(costs, self._options["r"])
-        rank, left = divmod(goal, whole)
-        if not rank:
+        if goal < whole:
             raise ConfigError(f"parameters={goal} is below what rank 1 everywhere needs, {whole}.")
-        ranks = dict.fromkeys(costs, rank)
-        # Every seventh module in turn: one that is coprime to the usual six kinds visits all depths and kinds.
-        names = list(costs)
-        for name in sorted(names, key=lambda name: names.index(name) * 7 % len(names)):
-            if costs[name] <= left:
-                ranks[name] += 1
-                left -= costs[name]
-        return ranks
+        return spread(costs, goal)
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    alpha, dropout, parameters = (options[key] for key in ("lora_alpha", "lora_dropout", "parameters"))
-    if not _is_count(options["r"]):
-        raise ConfigError(f"r is {options['r']!r}; give a whole number of at least 1.")
-    if not (_is_number(alpha) and 0 < alpha < math.inf):
-        raise ConfigError(f"lora_alpha is {alpha!r}; give a number above 0.")
-    if not (_is_number(dropout) and 0 <= dropout < 1):
-        raise ConfigError(f"lora_dropout is {dropout!r}; give a number from 0 to below 1.")
-    if not (parameters is None or _is_count(parameters)):
-        raise ConfigError(f"parameters is {parameters!r}; give a whole number of at least 1, or leave it out for r.")
+def chosen(model: nn.Module, options: Mapping[str, Any]) -> tuple[AdaLoraConfig, dict[str, int]]:
+    """What CHOICE in `options` means for `model`, the task head included, and the cost in + out of each matrix."""
+    config = with_head(model, AdaLoraConfig(**{key: options[key] for key in CHOICE}))
+    return config, {name: sum(shape_of(module)) for name, module in find_targets(model, config).items()}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def wrap(model: nn.Module, config: AdaLoraConfig, ranks: Mapping[str, int], scale: float, dropout: float) -> PeftModel:
+    """A PeftModel with a LoRA of these ranks and one scale; matrices of rank 0 are left alone.
+
+    Raises ConfigError if no matrix has a rank.
+    """
+    ranks = {name: rank for name, rank in ranks.items() if rank}
+    if not ranks:
+        raise ConfigError("no matrix would get a rank of at least 1; raise the size.")
+    lora = LoraConfig(
+        lora_dropout=dropout,
+        target_modules=exact_targets(model, ranks),
+        modules_to_save=list(config.modules_to_save or ()) or None,
+        **rank_fields(ranks, scale),
+    )
+    return get_peft_model(model, lora)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def rank_fields(ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig that give each matrix its rank, and all of them one scale."""
+    least = min(ranks.values())
+    more = {f"^{name}": rank for name, rank in ranks.items() if rank != least}
+    return {
+        "r": least,
+        "lora_alpha": scale * least,
+        "rank_pattern": more,
+        "alpha_pattern": {name: scale * rank for name, rank in more.items()},
+    }
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
+def lora_count(model: nn.Module) -> tuple[int, int]:
+    """Trained parameters of a PeftModel: of its adapter, and of its head."""
+    # Of a model without weights, PEFT has AdaLoRA's ranknum train as well.
+    sizes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad and ".ranknum." not in n}
+    adapter = sum(size for name, size in sizes.items() if ".lora_" in name)
+    return adapter, sum(sizes.values()) - adapter
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of the increment on a module that `find_targets` found."""
     kind = adapter_type(type(module))
     assert kind is not None
     return kind.shape_of(module)
