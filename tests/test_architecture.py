@@ -17,7 +17,7 @@ SOURCE = Path(adalora.__file__).parent
 # Each row may import from the rows above it only. A package stands for all its modules, which may import one
 # another as long as no circle arises.
 CORE = (
-    {"errors", "functional", "allocation", "verdicts"},
+    {"errors", "functional", "allocation", "verdicts", "sketch"},
     {"schedule", "layers", "files", "checks"},
     {"config", "optimizers", "masking", "runstate"},
     {"stepsize"},
@@ -26,7 +26,7 @@ CORE = (
     {"budget", "fisher", "basis"},
     {"refactoring"},
     {"averages", "injection", "reading"},
-    {"regularizer", "report", "stored", "merging"},
+    {"regularizer", "report", "stored", "merging", "start"},
     {"attachment", "checkpoint"},
     {"allocator"},
     {"export"},

@@ -103,23 +103,16 @@ def moved_first(old: tuple[Tensor, Tensor, Tensor], turned: Turn) -> tuple[Tenso
     return (Q @ turned.right).mT, values.unsqueeze(2), P @ turned.left
 
 
-def second_weights(turned: Turn) -> tuple[Tensor, Tensor, Tensor]:
-    """How squares of gradients mix, for A, E, B in turn: (g, r, r), new column j is Σ_i old column i · w_ij.
+def square_factors(turned: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    """What squares of gradients of A, E, B are to be multiplied by, (g, r, 1), (g, r, 1), (g, 1, r).
 
-    Squares of the turn, exact for columns that do not correlate. None of them may vanish, or the next step would be
-    divided by nothing: a column gets at least a tenth of the usual weight, from the mean of the live ones. Pruned
-    triplets keep their own.
+    Exact for bringing p and q to length one. That they turn as well is left out: they turn little from one time to
+    the next, each triplet's place has the same rank among the others as before, and mixing squares over triplets,
+    which would be right for columns that do not correlate, evens out what Adam had learned of each.
     """
-    live, weights = turned.keep, []
-    both = live.unsqueeze(1) & live.unsqueeze(2)
-    number = live.sum(1).clamp_min(1).view(-1, 1)
-    for part in (turned.right, turned.left * turned.right, turned.left):
-        mixed = torch.where(both, part.square(), 0.0)
-        total = mixed.sum(1)  # (g, r)
-        missing = torch.where(live, (0.1 * total.sum(1, keepdim=True) / number - total).clamp_min(0.0), 0.0)
-        mean = live.to(part.dtype) / number
-        weights.append(mixed + mean.unsqueeze(2) * missing.unsqueeze(1) + torch.diag_embed((~live).to(part.dtype)))
-    return weights[0], weights[1], weights[2]
+    p, q = (torch.linalg.vector_norm(part, dim=1) for part in (turned.P, turned.Q))  # (g, r)
+    p, q = (torch.where(part > 0, part, 1.0).square() for part in (p, q))
+    return q.unsqueeze(2), (1 / (p * q)).unsqueeze(2), p.unsqueeze(1)
 
 
 def _singular_vectors(core: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:

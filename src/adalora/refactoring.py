@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from .basis import Turn, moved_first, second_weights, turn
+from .basis import Turn, moved_first, square_factors, turn
 from .errors import TrainingError
 from .layers import SVDAdapter, SVDEmbedding
 from .optimizers import unwrap
@@ -20,19 +20,22 @@ logger = logging.getLogger("adalora")
 
 _KINDS = ("lora_A", "lora_E", "lora_B")
 _FIRST = frozenset({"exp_avg", "momentum_buffer"})  # averages of gradients
-_SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})  # of their squares
-_AVERAGED = {"row_var": 1, "col_var": 0}  # of torch's Adafactor, with the dimension it has averaged
+_SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})  # of their squares
+_COARSE = frozenset({"row_var", "col_var"})  # of squares over rows or columns, in torch's Adafactor
+# exp_avg² / exp_avg_sq of Adam, with its betas of .9 and .999, is at most this, whatever the gradients were.
+_LONGEST = 52.9
 
 
 def refactor_(modules: Sequence[SVDAdapter], optimizer: Any) -> None:
     """Write the increments of `modules` as their singular value decompositions, in place; ΔW stays.
 
     Call it between an optimizer step and the next forward pass; gradients that are still there keep the old basis.
-    Computed in fp64. First moments in the state of `optimizer` (a torch optimizer, a wrapper of one, or None) move
-    with the basis, second moments are mixed by its squares; a parameter with other state, whose meaning is unknown,
-    loses all of its state, with a warning. Averages of importance belong to the old basis and are the caller's to
-    restart. Raises TrainingError, with nothing changed, for LBFGS and for a parameter that modules share; and
-    where the factors are not finite.
+    Computed in fp64. In the state of `optimizer` (a torch optimizer, a wrapper of one, or None) averages of gradients
+    move with the basis, but not so far that a step would become longer than any of Adam's; those of squares follow the
+    lengths of p and q only. Averages over rows or columns stay. A parameter with other tensors,
+    whose meaning is unknown, loses all of its state, with a warning. Averages of importance belong to the old basis
+    and are the caller's to restart. Raises TrainingError, with nothing changed, for LBFGS and for a parameter that
+    modules share; and where factors are not finite.
     """
     optimizer = None if optimizer is None else unwrap(optimizer)
     modules = [module for module in modules if module.capacity]
@@ -66,34 +69,31 @@ def _turn(group: Sequence[SVDAdapter], padding: int | None) -> Turn:
 def _move_state(group: Sequence[SVDAdapter], optimizer: Optimizer, turned: Turn) -> None:
     parameters = {key: [getattr(module, key) for module in group] for key in _KINDS}
     states = {key: [optimizer.state.get(p, {}) for p in same] for key, same in parameters.items()}
-    entries = sorted({entry for same in states.values() for state in same for entry in state})
-    for entry in _FIRST.intersection(entries):
+    entries = {entry for same in states.values() for state in same for entry in state}
+    for key, factors in zip(_KINDS, square_factors(turned), strict=True):
+        for entry in _SQUARES & entries:
+            for state, factor in zip(states[key], factors.unbind(), strict=True):
+                if entry in state:
+                    state[entry].mul_(factor)
+    for entry in _FIRST & entries:
         old = [
             torch.stack([_held(state, entry, p) for state, p in zip(states[key], parameters[key], strict=True)])
             for key in _KINDS
         ]
         for key, new in zip(_KINDS, moved_first((old[0], old[1], old[2]), turned), strict=True):
-            _write([(state.get(entry), value) for state, value in zip(states[key], new.unbind(), strict=True)])
-    for key, weights in zip(_KINDS, second_weights(turned), strict=True):
-        dim = 1 if key == "lora_B" else 0  # the one that counts triplets
-        for entry in (e for e in entries if e in _SECOND or _AVERAGED.get(e, dim) != dim):
-            squares = [(state[entry], i) for i, state in enumerate(states[key]) if entry in state]
-            if squares:
-                own = torch.stack([weights[i] for _, i in squares])
-                stack = torch.stack([value for value, _ in squares]).double()
-                new = stack @ own if dim else own.mT @ stack
-                _write([(value, v) for (value, _), v in zip(squares, new.unbind(), strict=True)])
+            for state, value in zip(states[key], new.unbind(), strict=True):
+                if state.get(entry) is None:
+                    continue
+                if entry == "exp_avg" and "exp_avg_sq" in state:
+                    # Not by raising the squares: they would remember it for a thousand steps, momentum for ten.
+                    most = (_LONGEST * state["exp_avg_sq"].double()).sqrt()
+                    value = value.clamp(-most, most)
+                state[entry].copy_(value)
 
 
 def _held(state: Mapping[str, Any], entry: str, parameter: Tensor) -> Tensor:
     value = state.get(entry)
     return (torch.zeros_like(parameter) if value is None else value).double()
-
-
-def _write(pairs: Sequence[tuple[Tensor | None, Tensor]]) -> None:
-    held = [(old, new) for old, new in pairs if old is not None]
-    if held:
-        torch._foreach_copy_([old for old, _ in held], [new for _, new in held])
 
 
 def _check(modules: Sequence[SVDAdapter], optimizer: Optimizer | None) -> None:
@@ -129,8 +129,6 @@ def _is_known(entry: str, value: Any, parameter: Tensor) -> bool:
         return True
     if not isinstance(value, Tensor):
         return value is None or isinstance(value, bool | int | float | str)
-    if entry in _FIRST or entry in _SECOND:
+    if entry in _FIRST or entry in _SQUARES:
         return value.shape == parameter.shape
-    if entry in _AVERAGED:
-        return value.shape[1 - _AVERAGED[entry]] == parameter.shape[1 - _AVERAGED[entry]]
-    return value.numel() == 1  # a step counter, or another number for the whole parameter
+    return entry in _COARSE or value.numel() == 1  # a step counter, or another number for the whole parameter
