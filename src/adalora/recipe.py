@@ -106,6 +106,11 @@ class Recipe(Section):
         return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
+def load_yaml(text: str) -> Any:
+    """Plain values by the rules of a recipe: 1e-3 is a number. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 def load_recipe(source: str, settings: Sequence[str] = (), seed: int | None = None) -> Recipe:
     """Read a built-in recipe by name, or a YAML file by path; `settings` are `section.key=value` on top.
 
@@ -114,7 +119,7 @@ def load_recipe(source: str, settings: Sequence[str] = (), seed: int | None = No
     """
     text = _read(source)
     try:
-        values = yaml.load(text, _Loader)
+        values = load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -178,7 +183,7 @@ def _apply(values: dict[str, Any], setting: str) -> None:
             raise ConfigError(f"--set {setting!r}: {section!r} is a value, not a section.")
         values = inner
     try:
-        values[key] = yaml.load(text, _Loader)
+        values[key] = load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {setting!r}: the value is not valid YAML ({error}).") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
@@ -12,11 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from .errors import ConfigError
 from .files import write_files
@@ -86,41 +81,6 @@ def rewind(out: Path, step: int) -> list[tuple[int, int]]:
         if (out / name).exists():
             write_files(out, {name: lambda path, text=text: path.write_text(text, encoding="utf-8")})  # type: ignore[misc]
     return [(record["step"], sum(record["ranks"].values())) for record in ranks]
-
-
-class EpochOrder(TrainerCallback, ExportableState):
-    """Keeps, in each checkpoint, the random state that the order of its epoch was drawn from.
-
-    The Trainer restores the state of the checkpoint itself, but behind the drawing of the order: a run resumed
-    within an epoch whose rows are grouped by length would see some rows twice, and others never.
-    """
-
-    def __init__(self) -> None:
-        self._stored: Tensor | None = None
-        self._drawn_from = torch.get_rng_state()
-        self._at_the_end_of_an_epoch = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up what the checkpoint has."""
-        if state.global_step:
-            text = state.stateful_callbacks[type(self).__name__]["attributes"]["drawn_from"]
-            self._stored = torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The order is drawn next."""
-        if self._stored is not None:
-            torch.set_rng_state(self._stored)
-            self._stored = None
-        self._drawn_from = torch.get_rng_state()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint that is written behind an epoch's last step is followed by a new order."""
-        self._at_the_end_of_an_epoch = float(state.epoch).is_integer()
-
-    def state(self) -> dict[str, Any]:
-        """What the Trainer writes into trainer_state.json."""
-        drawn_from = torch.get_rng_state() if self._at_the_end_of_an_epoch else self._drawn_from
-        return {"args": {}, "attributes": {"drawn_from": base64.b64encode(bytes(drawn_from.tolist())).decode()}}
 
 
 def _flaw(checkpoint: Path) -> str | None:

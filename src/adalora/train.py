@@ -6,8 +6,10 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from .errors import AdaLoraError, AdapterFileError, ConfigError
 from .files import write_files
 from .htmlreport import write_report
 from .integrations.best import BestWithinBudget, Patience
+from .integrations.ordering import SameOrder
 from .integrations.plots import save_budget_curve, save_heatmap
 from .integrations.stopping import StopGracefully
 from .integrations.transformers import AdaLoraCallback
@@ -33,19 +36,23 @@ from .methods.adalora import AdaLora
 from .methods.base import Method, ParameterCount
 from .plan import PlanPrinter
 from .recipe import Recipe
-from .records import RESULT, ProgressLine, RunRecorder, claimed, explained
+from .records import CHECKPOINTS, RESULT, ProgressLine, RunRecorder, claimed, explained
 from .report import RankReport, rank_report
 from .resolve import PATIENCE, check_training, resolve_model, resolve_recipe, resolve_training, training_arguments
-from .resuming import EpochOrder, last_checkpoint, require_same, resumed, rewind
+from .resuming import last_checkpoint, require_same, resumed, rewind
 from .tasks.base import Task, build_task
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run gave. `scores` are of the test set, or of the validation set where there is no test set."""
+    """What a run gave. `scores` are of the test set, or of the validation set where there is no test set.
+
+    `validation` are those of the validation set, if nothing was evaluated while training.
+    """
 
     folder: Path
     scores: dict[str, float]
+    validation: dict[str, float] | None
     metric: str
     count: ParameterCount
     seconds: float
@@ -113,7 +120,8 @@ def _prepare(recipe: Recipe, out: Path, console: Console, resume: bool) -> _Job:
     checkpoint, live = None, []
     if resume:
         require_same(recipe, out)
-        checkpoint = last_checkpoint(out, lambda line: console.print(f"  {line}", markup=False))
+        find = last_checkpoint if method.resumable else no_checkpoint
+        checkpoint = find(out, lambda line: console.print(f"  {line}", markup=False))
         live = rewind(out, step_of(checkpoint))
     set_seed(recipe.seed)
     model = method.prepare(task.build_model(path, recipe))
@@ -123,7 +131,7 @@ def _prepare(recipe: Recipe, out: Path, console: Console, resume: bool) -> _Job:
     patience = Patience(recipe.training[PATIENCE]) if recipe.training.get(PATIENCE) else None
     best = [BestWithinBudget(source), *([patience] if patience else [])]
     plan = PlanPrinter(console, method, source, task)
-    callbacks = [*method.callbacks(), plan, *best, EpochOrder(), line, stop, recorder]
+    callbacks = [*method.callbacks(), plan, *best, SameOrder(), line, stop, recorder]
     trainer = build_trainer(model, arguments, task, callbacks)
     return _Job(
         recipe,
@@ -160,14 +168,27 @@ def _finish(job: _Job, seconds: float) -> RunResult:
     task, model, out = job.task, job.model, job.out
     split = "test" if "test" in task.splits else "validation"
     scores = task.evaluate(job.trainer, split)
+    validation = _validation_scores(job, split, scores)
     save(job, out / "adapter")
     difference = reload_difference(job, out / "adapter", split)
     job.console.print(f"  saved and reloaded: outputs differ by at most {difference:.1e}")
     report, count = rank_report(model) if job.source else None, job.method.count(model)
     steps = job.trainer.state.global_step
-    result = RunResult(out, scores, task.metric, count, seconds, steps, job.stopped, report, model, task)
+    result = RunResult(out, scores, validation, task.metric, count, seconds, steps, job.stopped, report, model, task)
     write_record(job, result, split)
     return result
+
+
+def _validation_scores(job: _Job, split: str, scores: dict[str, float]) -> dict[str, float] | None:
+    """What a choice between runs is to be made on; None where metrics.jsonl has it for each epoch or interval."""
+    data = job.recipe.data
+    if split == "validation":
+        return scores
+    if str(job.trainer.args.eval_strategy.value) != "no":
+        return None
+    if (data.validation, data.validation_rows) == (data.test, data.test_rows):  # one set, scored already
+        return scores
+    return job.task.evaluate(job.trainer, "validation")
 
 
 def quiet() -> None:
@@ -241,6 +262,7 @@ def write_record(job: _Job, result: RunResult, split: str) -> None:
         "rows": rows,
         "labels": result.task.labels,
         "scores": result.scores,
+        "validation": result.validation,
         "metric": result.metric,
         "parameters": dataclasses.asdict(result.count),
         "train_seconds": round(result.seconds, 1),  # since it was resumed
@@ -266,6 +288,13 @@ def write_record(job: _Job, result: RunResult, split: str) -> None:
         )
     write_files(result.folder, writers)
     write_report(result.folder)
+
+
+def no_checkpoint(out: Path, say: Callable[[str], None]) -> None:
+    """For a method whose checkpoints do not hold all that it needs to go on: they are removed."""
+    for path in (out / CHECKPOINTS).iterdir():
+        shutil.rmtree(path)
+    say("this method cannot go on from a checkpoint: the run starts again at its first step")
 
 
 def step_of(checkpoint: Path | None) -> int:
