@@ -29,7 +29,7 @@ CORE = (
 )
 RINGS = (
     {"sections"},
-    {"integrations", "recipe"},
+    {"integrations", "recipe", "drawings"},
     {"methods", "tasks"},
     {"plan", "card", "records", "resolve", "htmlreport"},
     {"resuming"},

@@ -33,7 +33,7 @@ from .methods.adalora import AdaLora
 from .methods.base import Method, ParameterCount
 from .plan import PlanPrinter
 from .recipe import Recipe
-from .records import RESULT, ProgressLine, RunRecorder, claimed, explained
+from .records import RESULT, ProgressLine, RunRecorder, claimed, explained, loggers_last
 from .report import RankReport, rank_report
 from .resolve import PATIENCE, check_training, resolve_model, resolve_recipe, resolve_training, training_arguments
 from .resuming import EpochOrder, last_checkpoint, require_same, resumed, rewind
@@ -200,6 +200,7 @@ def build_trainer(
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"in section training: {error}") from error
     trainer.remove_callback(PrinterCallback)
+    loggers_last(trainer)
     return trainer
 
 
