@@ -43,7 +43,7 @@ def start_table(cells: Sequence[records.Record]) -> str:
         for cell in cells
     ]
     heads = ["`import adalora`, ms", "`from adalora import *`, ms", "`adalora --help`, ms", "does it load torch?"]
-    return _markdown(heads, rows)
+    return markdown(heads, rows)
 
 
 TABLES: dict[str, Callable[[Sequence[records.Record]], str]] = {
@@ -55,12 +55,17 @@ TABLES: dict[str, Callable[[Sequence[records.Record]], str]] = {
 
 def regenerate(document: str, name: str, cells: Sequence[records.Record]) -> str:
     """`document` with the table `name` between its two markers. Raises ValueError without them."""
+    body = f"{TABLES[name](cells)}\n\n{environments(cells)}" if cells else "Not measured yet."
+    return filled(document, name, body)
+
+
+def filled(document: str, name: str, body: str) -> str:
+    """`document` with `body` between the two markers of `name`. Raises ValueError without them."""
     opening, closing = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     head, found, rest = document.partition(opening)
     _, closed, tail = rest.partition(closing)
     if not (found and closed):
         raise ValueError(f"the document has no {opening} … {closing}; put the two lines where the table goes.")
-    body = f"{TABLES[name](cells)}\n\n{environments(cells)}" if cells else "Not measured yet."
     return f"{head}{opening}\n{body}\n{closing}{tail}"
 
 
@@ -102,7 +107,7 @@ def _step_stage(cells: Sequence[records.Record]) -> str:
         ]
         for cell in cells
     ]
-    return _markdown(heads, rows)
+    return markdown(heads, rows)
 
 
 def _counts_cell(cell: records.Record) -> str:
@@ -128,7 +133,7 @@ def _counts_cell(cell: records.Record) -> str:
             ]
         )
     title = f"{cell['shape']}, {cell['tokens']:,} tokens, dropout {cell['dropout']:g}. {TITLES[cell['stage']]}"
-    return f"**{title}**\n\n{_markdown(heads, rows)}"
+    return f"**{title}**\n\n{markdown(heads, rows)}"
 
 
 def _label(cell: records.Record) -> str:
@@ -150,7 +155,8 @@ def _spread(quartiles: Sequence[float], form: str = "{:.2f}") -> str:
     return f"{median} [{low}, {high}]"
 
 
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
     lines = ["| " + " | ".join(row) + " |" for row in (heads, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
 

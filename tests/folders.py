@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
+from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from adalora.recipe import Recipe
 
 ANIMALS, PLANTS = ("cat", "dog", "cow", "hen"), ("oak", "elm", "fir", "ash")
 FILLERS = ("the", "a", "old", "small", "green", "near", "with", "and")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
+Row = dict[str, Any]
 
 VOCABULARY = (*_SPECIAL, *ANIMALS, *PLANTS, *FILLERS)
 
@@ -68,7 +84,7 @@ def rows(count: int, seed: int = 0) -> list[dict[str, object]]:
     return made
 
 
-def write(path: Path, items: list[dict[str, object]]) -> Path:
+def write(path: Path, items: Sequence[Mapping[str, object]]) -> Path:
     """As jsonl, jsonl.gz, csv or parquet, by the name."""
     if path.name.endswith(".jsonl"):
         path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
@@ -80,3 +96,57 @@ def write(path: Path, items: list[dict[str, object]]) -> Path:
         frame = pandas.DataFrame(items)
         frame.to_csv(path, index=False) if path.suffix == ".csv" else frame.to_parquet(path)
     return path
+
+
+def save_world(folder: Path) -> Path:
+    """`save_bert`'s model in bert/, 64 rows of training data in train.jsonl, 16 others in dev.jsonl."""
+    save_bert(folder / "bert")
+    write(folder / "train.jsonl", rows(64))
+    write(folder / "dev.jsonl", rows(16, seed=1))
+    return folder
+
+
+def world_settings(world: Path) -> list[str]:
+    """The settings of a recipe that name what `save_world` made."""
+    files = [f"data.{name}={world / file}" for name, file in (("train", "train.jsonl"), ("validation", "dev.jsonl"))]
+    return [f"model.name_or_path={world / 'bert'}", *files]
+
+
+def train_and_validation(folder: Path, train: list[Row], validation: list[Row] | None = None) -> dict[str, str]:
+    """Both as files in `folder`, by the names of a recipe's data section; the same rows twice if none are given."""
+    both = {"train": train, "validation": validation or train}
+    return {name: str(write(folder / f"{name}.jsonl", items)) for name, items in both.items()}
+
+
+def assert_check_agrees(recipe: Recipe, folder: Path) -> None:
+    """`adalora config check` prints, to the last key, what a run of this recipe in `folder` writes down."""
+    from adalora.commands.recipes import check
+    from adalora.train import run
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "checked.yaml").write_text(recipe.dump(), encoding="utf-8")
+    with redirect_stdout(io.StringIO()) as screen:
+        check(str(folder / "checked.yaml"))
+    run(recipe, folder / "run", Console(quiet=True))
+    assert yaml.safe_load(screen.getvalue()) == yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
+
+
+def deberta_base() -> DebertaV2Config:
+    """microsoft/deberta-v3-base by its published configuration."""
+    return DebertaV2Config(
+        vocab_size=128100,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        max_position_embeddings=512,
+        relative_attention=True,
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        pooler_hidden_size=768,
+        type_vocab_size=0,
+        max_relative_positions=-1,
+    )

@@ -33,12 +33,12 @@ CORE = (
 )
 RINGS = (
     {"sections"},
-    {"integrations", "recipe"},
+    {"integrations", "recipe", "drawings"},
     {"methods", "tasks"},
     {"plan", "card", "records", "resolve", "htmlreport"},
     {"resuming"},
     {"train"},
-    {"compare", "summary"},
+    {"summary"},
     {"study"},
     {"demo"},
     {"commands"},

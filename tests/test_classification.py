@@ -299,12 +299,66 @@ def test_both_validation_sets_of_mnli_can_be_named(folder: Path, monkeypatch: py
     assert first == {"train": "old", "validation": "cat", "test": "oak"}
 
 
-def test_limits_take_the_first_rows_behind_the_held_out_ones(folder: Path) -> None:
-    whole = load_splits(recipe(folder, "data.validation=null").data, seed=3)
-    cut = load_splits(
-        recipe(folder, "data.validation=null", "data.train_rows=5", "data.validation_rows=2").data, seed=3
-    )
-    assert cut["train"][:] == whole["train"][:5] and cut["validation"][:] == whole["validation"][:2]
+def sorted_by_class(folder: Path) -> list[str]:
+    """Settings for 100, 30, 9 and 1 rows of four classes, one class behind another; validation the other way round."""
+    counts = {"a": 100, "b": 30, "c": 9, "d": 1}
+    items: list[dict[str, object]] = [
+        {"text": f"cat {n}", "label": name} for name, count in counts.items() for n in range(count)
+    ]
+    write(folder / "sorted.jsonl", items)
+    write(folder / "turned.jsonl", items[::-1])
+    return [f"data.train={folder / 'sorted.jsonl'}", f"data.validation={folder / 'turned.jsonl'}"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_limits_draw_every_class_in_its_share_from_a_sorted_file(folder: Path, seed: int) -> None:
+    limits = ["data.train_rows=28", "data.validation_rows=56", f"seed={seed}"]
+    task = build_task(str(folder), recipe(folder, *sorted_by_class(folder), *limits))
+    assert task.labels == ["a", "b", "c", "d"]
+    counts = {name: np.bincount(task.splits[name]["labels"][:]).tolist() for name in ("train", "validation")}
+    for found, share in ((counts["train"], 28 / 140), (counts["validation"], 56 / 140)):
+        assert min(found) >= 1
+        assert np.abs(np.array(found) - share * np.array([100, 30, 9, 1])).max() <= 1
+
+
+def test_limits_draw_by_seed_and_a_larger_one_adds_rows(folder: Path) -> None:
+    files = sorted_by_class(folder)
+
+    def drawn(count: int, seed: int) -> list[str]:
+        task = load_splits(recipe(folder, *files, f"data.train_rows={count}").data, seed, check=lambda _, r: r["label"])
+        return [f"{row['label']} {row['text']}" for row in task["train"]]
+
+    assert drawn(20, 0) == drawn(20, 0) != drawn(20, 1)
+    assert len(set(drawn(20, 0))) == 20 and set(drawn(20, 0)) < set(drawn(50, 0)) < set(drawn(140, 0))
+    whole = [f"{row['label']} {row['text']}" for row in load_splits(recipe(folder, *files).data, 0)["train"]]
+    assert drawn(140, 0) == drawn(999, 0) == whole  # in the order of the file
+    assert [whole.index(text) for text in drawn(20, 0)] == sorted(whole.index(text) for text in drawn(20, 0))
+
+
+def test_fewer_training_rows_than_classes_are_refused(folder: Path) -> None:
+    files = sorted_by_class(folder)
+    with pytest.raises(DataError, match=r"data\.train_rows is 3, but data\.train has rows of 4 classes, .* at least 4"):
+        build_task(str(folder), recipe(folder, *files, "data.train_rows=3"))
+    task = build_task(str(folder), recipe(folder, *files, "data.train_rows=4", "data.validation_rows=1"))
+    assert sorted(task.splits["train"]["labels"]) == [0, 1, 2, 3] and len(task.splits["validation"]) == 1
+
+
+def test_limits_of_a_regression_draw_by_seed(folder: Path) -> None:
+    items: list[dict[str, object]] = [{"text": "cat", "label": n + 0.5} for n in range(200)]
+    file = write(folder / "numbers.jsonl", items)
+    settings = [f"data.train={file}", f"data.validation={file}", "data.train_rows=40"]
+    values = build_task(str(folder), recipe(folder, *settings)).splits["train"]["labels"][:]
+    assert len(set(values)) == 40 and abs(np.mean(values) - 100) < 30  # the first 40 have a mean of 20
+    assert build_task(str(folder), recipe(folder, *settings, "seed=1")).splits["train"]["labels"][:] != values
+
+
+def test_limits_draw_from_what_is_left_behind_the_held_out_rows(folder: Path) -> None:
+    section = recipe(folder, "data.validation=null").data
+    whole = load_splits(section, seed=3)
+    cut = load_splits(section.model_copy(update={"train_rows": 5, "validation_rows": 2}), seed=3)
+    for split, count in (("train", 5), ("validation", 2)):
+        assert len(cut[split]) == count
+        assert all(row in list(whole[split]) for row in cut[split])
     more = load_splits(recipe(folder, "data.train_rows=41", "data.validation_rows=3").data, seed=3)
     assert (len(more["train"]), len(more["validation"])) == (40, 3)
 

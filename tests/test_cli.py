@@ -93,7 +93,7 @@ def test_a_core_install_says_what_the_command_line_needs() -> None:
         (["train"], "Missing argument"),
         (["tarin"], "No such command"),
         (["train", "text-classification", "--seed", "x"], "as an integer"),
-        (["train", "text-classification", "--resume"], "holds no checkpoint of a run"),
+        (["train", "text-classification", "--resume"], "holds no run that was interrupted"),
         (["evaluate", "nowhere"], "is no folder"),
         (["evaluate", ".", "--data", "x", "--split", "test"], "give one of them"),
         (["predict", "."], "holds no adapter"),

@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BartConfig,
-    DebertaV2Config,
     T5Config,
     ViTConfig,
 )
@@ -32,7 +31,7 @@ from adalora.errors import ConfigError, DataError
 from adalora.injection import named_adapters
 from adalora.recipe import Recipe, load_recipe
 from adalora.train import run
-from folders import rows, save_bert, write
+from folders import assert_check_agrees, deberta_base, rows, save_bert, save_world, world_settings, write
 
 FAST = [
     *("training.per_device_train_batch_size=8", "training.logging_steps=2", "training.save_strategy='no'"),
@@ -42,16 +41,11 @@ FAST = [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    save_bert(folder / "bert")
-    write(folder / "train.jsonl", rows(64))
-    write(folder / "dev.jsonl", rows(16, seed=1))
-    return folder
+    return save_world(tmp_path_factory.mktemp("world"))
 
 
 def settings(world: Path, *more: str) -> list[str]:
-    files = [f"data.{name}={world / file}" for name, file in (("train", "train.jsonl"), ("validation", "dev.jsonl"))]
-    return [f"model.name_or_path={world / 'bert'}", *files, *FAST, *more]
+    return [*world_settings(world), *FAST, *more]
 
 
 @pytest.fixture(scope="module")
@@ -254,23 +248,6 @@ def config_folder(config: Any, folder: Path) -> Path:
     return folder
 
 
-def deberta_base() -> DebertaV2Config:
-    return DebertaV2Config(
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        vocab_size=128100,
-        relative_attention=True,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        position_biased_input=False,
-        pooler_hidden_size=768,
-    )
-
-
 @pytest.mark.parametrize(
     "config,task,matrices,unit",
     [(deberta_base(), "classification", 72, 165_888), (BartConfig(), "seq2seq", 192, 540_672)],
@@ -325,7 +302,7 @@ def test_the_plan_is_what_the_run_then_does(shell: Shell, world: Path, finished:
 def test_bounds_of_the_final_size_are_met_by_filling_cheap_or_dear_matrices() -> None:
     shapes = {"small": (3, 4), "large": (30, 40)}
     sizes = adapter_sizes(shapes, AdaLoraConfig(init_r=3, target_r=2), {"head.weight": (2, 5)})
-    assert (sizes.initial, sizes.target, sizes.head) == (6, 4, 10)
+    assert (sizes.initial, sizes.budget.target, sizes.head) == (6, 4, 10)
     assert sizes.peak == 3 * 8 + 3 * 71
     assert sizes.final == 2 * 8 + 2 * 71
     assert sizes.least == 3 * 8 + 1 * 71
@@ -607,6 +584,48 @@ def test_a_checked_recipe_is_printed_with_every_default(shell: Shell, world: Pat
     assert full.training["lr_scheduler_type"] == "linear"
 
 
+@pytest.mark.parametrize("given", [["1,2"], ["1, 2"], ["1", "--target-r", "2"], ["1,", "--target-r", "2,1"]])
+def test_ranks_may_come_with_commas_or_one_by_one(given: list[str], shell: Shell, world: Path) -> None:
+    rows = json.loads(shell("plan", world / "bert", "--json", "--target-r", *given))
+    assert [row["target_r"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize("blanks", [["MODEL", "--target-r", "1", "2", "4"], ["--target-r", "1,", "2", ",4", "MODEL"]])
+def test_ranks_with_blanks_are_refused_with_what_to_write(blanks: list[str], shell: Shell, world: Path) -> None:
+    told = shell("plan", *(str(world / "bert") if word == "MODEL" else word for word in blanks), code=2)
+    assert "several ranks are written with commas: --target-r 1,2,4" in told
+
+
+def test_plan_refuses_what_it_cannot_read(shell: Shell, world: Path) -> None:
+    assert "--target-r holds ''" in shell("plan", world / "bert", "--target-r", "", code=2)
+    assert "--target-r holds 'x'" in shell("plan", world / "bert", "--target-r", "1,x", code=2)
+    assert "unexpected extra argument" in shell("plan", world / "bert", "other", code=2)
+
+
+def test_a_check_prints_the_recipe_of_the_run(world: Path, tmp_path: Path) -> None:
+    more = ["training.max_steps=1", "training.save_strategy=epoch", "training.early_stopping_patience=2"]
+    recipe = load_recipe("text-classification", settings(world, "data.kind=classes", *more))
+    assert_check_agrees(recipe, tmp_path)
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "metric_for_best_model: accuracy" in text and "greater_is_better: true" in text
+
+
+def test_a_check_refuses_what_the_tasks_own_trainer_would(shell: Shell, world: Path) -> None:
+    told = shell("config", "check", "text-classification", "--set", "training.predict_with_generate=true", code=2)
+    assert "there is no key 'training.predict_with_generate' in TrainingArguments" in told
+    told = shell(
+        "config",
+        "check",
+        "text-classification",
+        "--set",
+        "training.early_stopping_patience=2",
+        "--set",
+        "training.save_strategy='no'",
+        code=2,
+    )
+    assert "in section training: --load_best_model_at_end requires the save and eval strategy to match" in told
+
+
 @pytest.mark.parametrize(
     "setting,message",
     [
@@ -633,10 +652,30 @@ def test_log_to_is_report_to(shell: Shell, world: Path, monkeypatch: pytest.Monk
     assert seen[0].training["report_to"] == ["tensorboard", "mlflow"]
 
 
+def test_tensorboard_gets_loss_scores_budget_and_ranks(shell: Shell, world: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    shell("train", "text-classification", *sets(world), "--log-to", "tensorboard", "--out", out)
+    (events,) = out.glob("checkpoints/runs/*/events.out.tfevents.*")
+    board = EventAccumulator(str(events)).Reload()
+    series = {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for tag, key in (("train/loss", "loss"), ("train/adalora/budget", "adalora/budget"), ("eval/accuracy",) * 2):
+        key = key.replace("eval/", "eval_")
+        assert series[tag] == pytest.approx({r["step"]: r[key] for r in records if key in r})
+    allocations = [json.loads(line) for line in (out / "ranks.jsonl").read_text().splitlines()]
+    for name, last in allocations[-1]["ranks"].items():
+        found = series[f"train/adalora/rank/{name}"]
+        assert len(found) == 8 and found[16] == last  # 16 steps, every second one logged
+    assert not any(key.startswith("adalora/rank/") for record in records for key in record)
+    assert sum(values[2] for tag, values in series.items() if "/rank/" in tag) == series["train/adalora/budget"][2]
+
+
 def test_resume_goes_on_in_the_runs_own_folder(
     shell: Shell, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cut" / "checkpoints" / "checkpoint-8").mkdir(parents=True)
+    (tmp_path / "cut").mkdir()  # without any checkpoint: the run was cut short before the first
     (tmp_path / "cut" / "recipe.yaml").write_text((finished / "recipe.yaml").read_text())
     seen: list[tuple[Path, bool]] = []
 

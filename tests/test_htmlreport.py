@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from adalora.drawings import heat_map, line_chart, ticks
 from adalora.errors import AdapterFileError
-from adalora.htmlreport import SNAPSHOTS, heat_map, line_chart, page, ticks, write_report
+from adalora.htmlreport import SNAPSHOTS, page, write_report
 from adalora.recipe import load_recipe
 from adalora.report import ModuleRank, RankReport
 from adalora.train import run

@@ -17,6 +17,7 @@ from adalora.errors import ConfigError, DataError
 from adalora.recipe import Recipe, load_recipe
 from adalora.tasks.images import ImagesTask, build_task, read_image, without_data
 from adalora.train import run
+from folders import assert_check_agrees
 
 COLOURS = ("blue", "red")
 
@@ -94,6 +95,11 @@ def test_every_source_gives_the_same_pixels(folder: Path, ending: str) -> None:
     assert torch.allclose(batch["pixel_values"][0], first, atol=1e-5)
 
 
+def test_limits_draw_every_class_from_a_folder_of_folders(folder: Path) -> None:
+    splits = task(folder, "folder", "data.train_rows=6", "data.validation_rows=2").splits
+    assert [sorted(splits[name][:]["labels"]) for name in ("train", "validation")] == [[0, 0, 0, 1, 1, 1], [0, 1]]
+
+
 def test_a_held_out_validation_set_finds_its_files(folder: Path) -> None:
     built = task(folder, ".jsonl", "data.validation=null")
     assert [len(built.splits[split]) for split in ("train", "validation")] == [28, 4]
@@ -152,6 +158,10 @@ def test_a_folder_without_image_processor_is_refused(folder: Path, tmp_path: Pat
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match="AutoImageProcessor cannot load"):
         without_data(str(tmp_path), recipe(folder, ".jsonl"), ["a"])
+
+
+def test_a_check_prints_the_recipe_of_the_run(folder: Path, tmp_path: Path) -> None:
+    assert_check_agrees(recipe(folder, ".jsonl", "training.max_steps=1"), tmp_path)
 
 
 @pytest.mark.slow

@@ -24,17 +24,11 @@ from transformers import (
 
 from adalora.errors import ConfigError, DataError
 from adalora.recipe import Recipe, load_recipe
+from adalora.tasks.causal import final_answer, normal_form, require_isolation, row_losses
 from adalora.tasks.chat import IGNORED, ChatFormat, Encoded, blocks, packed
-from adalora.tasks.instructions import (
-    InstructionsTask,
-    build_task,
-    final_answer,
-    normal_form,
-    require_isolation,
-    row_losses,
-    without_data,
-)
+from adalora.tasks.instructions import InstructionsTask, build_task, without_data
 from adalora.train import run
+from folders import assert_check_agrees
 from tiny import peft_warnings
 
 CHATML = (
@@ -447,6 +441,11 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     settings = recipe(tmp_path)
     with pytest.raises(ConfigError, match="the tokenizer files are of another model"):
         build_task(str(tmp_path), settings).build_model(str(tmp_path), settings)
+
+
+def test_a_check_prints_the_recipe_of_the_run(folder: Path, tmp_path: Path) -> None:
+    settings = ["training.max_steps=1", "training.load_best_model_at_end=true"]
+    assert_check_agrees(recipe(folder, *settings, file="texts"), tmp_path)
 
 
 @pytest.mark.parametrize("kind,packing", [("llama", "true"), ("gpt2", "false")])

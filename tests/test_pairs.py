@@ -1,5 +1,6 @@
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import transformers
 from datasets import disable_progress_bars
 from rich.console import Console
+from rouge_score.rouge_scorer import RougeScorer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import Seq2SeqTrainingArguments
@@ -21,15 +23,13 @@ from adalora.tasks.ordered import OrderedSeq2SeqTrainer
 from adalora.tasks.pairs import PairsTask, build_task, without_data
 from adalora.tasks.rouge import rouge
 from adalora.train import run
-from folders import save_tokenizer
+from folders import Row, assert_check_agrees, save_tokenizer, train_and_validation, write
 
 disable_progress_bars()
 
 NOUNS = ("cat", "dog", "cow", "hen", "oak", "elm", "fir", "ash")
 WORDS = ("[PAD]", "[UNK]", "<s>", "</s>", "copy", ":", *NOUNS)
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "<s>", "eos_token": "</s>"}
-
-Row = dict[str, Any]
 
 
 def toy(count: int, seed: int, length: int = 6) -> list[Row]:
@@ -74,15 +74,12 @@ def save(folder: Path, kind: str = "bart") -> Path:
     return folder
 
 
-def write(file: Path, rows: list[Row]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
-
-
 def recipe(folder: Path, train: list[Row], validation: list[Row] | None = None, **data: Any) -> Recipe:
-    files = {"train": write(folder / "train.jsonl", train)}
-    files["validation"] = write(folder / "validation.jsonl", validation or train)
-    section = files | {"max_source_length": 12, "max_target_length": 6, "num_beams": 2} | data
+    section = (
+        train_and_validation(folder, train, validation)
+        | {"max_source_length": 12, "max_target_length": 6, "num_beams": 2}
+        | data
+    )
     return Recipe(task="seq2seq", model={"name_or_path": str(folder)}, data=section, method={"name": "adalora"})
 
 
@@ -130,7 +127,7 @@ def by_predicting(task: PairsTask, model: nn.Module, rows: list[Row]) -> dict[st
 def test_a_tiny_model_learns_to_copy_the_first_words(tmp_path: Path, kind: str, steps: int, rate: float) -> None:
     save(tmp_path, kind)
     rows, held = toy(600, 0), toy(40, 1)
-    test = write(tmp_path / "test.jsonl", toy(10, 2))
+    test = str(write(tmp_path / "test.jsonl", toy(10, 2)))
     task = build(tmp_path, rows, held, test=test, prefix="copy : " if kind == "t5" else "")
     model = task.build_model(str(tmp_path), recipe(tmp_path, rows, held))
     trainer = trainer_of(task, model, tmp_path / "out", steps, learning_rate=rate)
@@ -288,6 +285,32 @@ def test_rouge_lsum_unites_what_the_sentences_share(text: str) -> None:
     assert scores["rougeL"] == pytest.approx(100 * 2 * 3 / 15, abs=1e-9)
 
 
+GUESS = "The cats sat on a mat. It rained all day! Was anyone there?"
+TRUTH = "A cat sat on the mat, and it rained. Nobody was there all day. The dog slept."
+
+
+def test_rouge_is_that_of_the_official_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rouge_score as it is called for papers; what counts as a sentence is all that this package adds to it."""
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
+
+    def official(guess: str, truth: str) -> dict[str, float]:
+        return {name: 100 * score.fmeasure for name, score in scorer.score(truth, guess).items()}
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("nltk's data differ from machine to machine")
+
+    monkeypatch.setattr("nltk.data.find", refuse)
+    monkeypatch.setattr("nltk.data.load", refuse)
+    lines = [re.sub(r"(?<=[.!?]) ", "\n", text) for text in (GUESS, TRUTH)]
+    for pair in ((GUESS, TRUTH), (lines[0], lines[1]), (GUESS, lines[1])):
+        scores = rouge([pair[0]], [[pair[1]]])
+        assert {name: scores[name] for name in official(*lines)} == pytest.approx(official(*lines), abs=1e-9)
+    for name, score in official(GUESS, TRUTH).items():  # one line each: only sentences make a difference
+        assert (scores[name] == pytest.approx(score, abs=1e-9)) == (name != "rougeLsum")
+    # By hand, of 13 and 17 words: cat sat on mat, it rained; all day, was there; the.
+    assert scores["rougeLsum"] == pytest.approx(100 * 2 * 11 / (13 + 17), abs=1e-9)
+
+
 def test_rouge_stems_words_and_takes_the_best_reference_of_each_text() -> None:
     assert rouge(["dogs jumping"], [["dog jumps"]])["rouge2"] == pytest.approx(100.0)
     two = rouge(["cat dog", "elm"], [["oak", "cat dog"], ["ash"]])
@@ -349,6 +372,12 @@ def test_models_that_cannot_write_are_refused(folder: Path, tmp_path: Path) -> N
         (tmp_path / name).write_text(json.dumps(kept | ({"bos_token_id": None} if name == "config.json" else {})))
     with pytest.raises(ConfigError, match="no decoder_start_token_id"):
         build(tmp_path, rows).build_model(str(tmp_path), recipe(tmp_path, rows))
+
+
+def test_a_check_prints_the_recipe_of_the_run(folder: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 1, "load_best_model_at_end": True}
+    wanted = recipe(folder, toy(4, 0)).model_copy(update={"training": training})
+    assert_check_agrees(wanted, tmp_path)
 
 
 def test_scores_need_written_texts(folder: Path, tmp_path: Path) -> None:

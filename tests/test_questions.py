@@ -1,4 +1,3 @@
-import json
 import math
 import random
 from itertools import pairwise
@@ -25,15 +24,13 @@ from adalora.tasks.questions import QuestionsTask, build_task, without_data
 from adalora.tasks.spans import Span, best_spans, no_answer_probability, window_spans
 from adalora.tasks.squad import score_v1, score_v2
 from adalora.train import run
-from folders import save_tokenizer
+from folders import Row, save_tokenizer, train_and_validation
 
 disable_progress_bars()
 
 ANIMALS, PLANTS = ("cat", "dog", "cow", "hen"), ("oak", "elm", "fir", "ash")
 FILLERS = ("small", "green", "near", "with", "and", "old", "house", "river")
 WORDS = ("which", "animal", "plant", *ANIMALS, *PLANTS, *FILLERS)
-
-Row = dict[str, Any]
 
 
 def question(answer: str, context: str, start: int | None = None, **more: Any) -> Row:
@@ -96,15 +93,8 @@ def save(folder: Path, kind: str = "bert") -> Path:
     return folder
 
 
-def write(file: Path, rows: list[Row]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
-
-
 def recipe(folder: Path, train: list[Row], validation: list[Row] | None = None, **data: Any) -> Recipe:
-    files = {"train": write(folder / "train.jsonl", train)}
-    files["validation"] = write(folder / "validation.jsonl", validation or train)
-    section = files | {"max_length": 24, "stride": 4} | data
+    section = train_and_validation(folder, train, validation) | {"max_length": 24, "stride": 4} | data
     return Recipe(
         task="question-answering", model={"name_or_path": str(folder)}, data=section, method={"name": "adalora"}
     )
@@ -313,7 +303,7 @@ def test_other_architectures_score_as_they_predict(tmp_path: Path, kind: str) ->
 def test_the_task_says_what_a_run_asks(folder: Path) -> None:
     rows = toy(8, 30, seed=0)
     task = build(folder, rows, rows[:4])
-    assert (task.labels, task.task_type, task.metric, task.greater_is_better) == ([], "QUESTION_ANS", "f1", True)
+    assert (task.labels, task.task_type, task.metric) == ([], "QUESTION_ANS", "f1")
     windows = len(task.splits["train"]) + len(task.splits["validation"])
     assert task.describe() == (
         f"spans that answer questions; 8 train, 4 validation rows ({windows} windows of 24 tokens)"

@@ -34,6 +34,7 @@ from adalora.schedule import Schedule
 from adalora.sections import METRICS
 from adalora.tasks.pretrained import load_model
 from adalora.train import check
+from folders import deberta_base
 from tiny import peft_warnings
 
 # task: examples, epochs, batch, warm-up, lr, alpha, gamma, tinit, deltaT, tfinal, length, decay, dropout, steps
@@ -168,24 +169,8 @@ def test_squad_and_summaries_have_their_lengths(task: str) -> None:
 
 def deberta() -> nn.Module:
     """microsoft/deberta-v3-base by its published configuration, without memory."""
-    config = DebertaV2Config(
-        vocab_size=128100,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        max_position_embeddings=512,
-        relative_attention=True,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        position_biased_input=False,
-        type_vocab_size=0,
-        max_relative_positions=-1,
-    )
     with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config)
+        return AutoModelForSequenceClassification.from_config(deberta_base())
 
 
 def deberta_for_answers() -> nn.Module:

@@ -91,6 +91,17 @@ def build(world: Path, *settings: str) -> Any:
     return build_task(str(world / "bert"), recipe(world, *settings))
 
 
+def test_limits_draw_every_tag_from_a_sorted_file(world: Path) -> None:
+    plain: list[dict[str, Any]] = [{"tokens": ["the", "and"], "tags": ["O", "O"]}] * 60
+    named: list[dict[str, Any]] = [{"tokens": ["the", "carla"], "tags": ["O", "B-PER"]}] * 20
+    both: list[dict[str, Any]] = [{"tokens": ["carla", "lima"], "tags": ["B-PER", "B-LOC"]}] * 2
+    file = write(world / "sorted.jsonl", plain + named + both)
+    settings = [f"data.train={file}", f"data.validation={file}", "data.train_rows=10"]
+    for seed in range(4):
+        task = build_task(str(world / "bert"), recipe(world, *settings, f"seed={seed}"))
+        assert task.labels == ["B-LOC", "B-PER", "O"] and len(task.splits["train"]) == 10
+
+
 def test_only_the_first_piece_of_a_word_has_its_tag(world: Path) -> None:
     write(
         world / "two.jsonl",

@@ -25,7 +25,7 @@ from adalora.integrations.stopping import StopGracefully
 from adalora.recipe import load_recipe
 from adalora.records import ProgressLine, claimed
 from adalora.train import RunResult, run
-from folders import rows, save_bert, write
+from folders import save_world, world_settings
 
 LORA = "method={name: lora, r: 2, exclude_modules: [pooler.dense]}"
 FAST = ["training.per_device_train_batch_size=8", "training.logging_steps=2", "training.save_strategy='no'"]
@@ -33,16 +33,11 @@ FAST = ["training.per_device_train_batch_size=8", "training.logging_steps=2", "t
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    save_bert(folder / "bert")
-    write(folder / "train.jsonl", rows(64))
-    write(folder / "dev.jsonl", rows(16, seed=1))
-    return folder
+    return save_world(tmp_path_factory.mktemp("world"))
 
 
 def settings(world: Path, *more: str) -> list[str]:
-    files = [f"data.{name}={world / file}" for name, file in (("train", "train.jsonl"), ("validation", "dev.jsonl"))]
-    return [f"model.name_or_path={world / 'bert'}", *files, *FAST, *more]
+    return [*world_settings(world), *FAST, *more]
 
 
 def train(world: Path, out: Path, *more: str, lines: list[str] | None = None) -> RunResult:
@@ -59,6 +54,13 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
     lines: list[str] = []
     out = tmp_path_factory.mktemp("runs") / "one"
     return train(world, out, "training.num_train_epochs=12", "training.learning_rate=2e-2", lines=lines), lines
+
+
+def test_a_logger_that_fails_is_named(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "taken").touch()
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "taken"))
+    with pytest.raises(TrainingError, match=r"TensorBoardCallback failed: .*File exists.* leave it out of"):
+        train(world, tmp_path / "run", "training.report_to=tensorboard", "training.max_steps=1")
 
 
 def test_the_run_learns_and_meets_its_budget(finished: tuple[RunResult, list[str]]) -> None:
@@ -181,7 +183,7 @@ def test_the_adapter_loads_into_a_fresh_base_and_classifies(finished: tuple[RunR
     result, _ = finished
     base = result.task.build_model(str(world / "bert"), load_recipe("text-classification", settings(world)))
     model = adalora.load_adapter(base, result.folder / "adapter").eval()
-    answers = result.task.predict(model, [{"text": "hen"}, {"text": "a fir"}])
+    answers = result.task.predict(model, [{"text": "hen"}, {"text": "the oak"}])
     assert [answer["label"] for answer in answers] == ["animal", "plant"]
 
 

@@ -13,6 +13,10 @@ from .recipe import Recipe
 from .report import RankReport
 from .sections import ClassificationData, InstructionsData, PairsData, QuestionsData, TokensData
 
+# Methods by who reads their folders; all others are LoRA by PEFT.
+_ADALORA = ("adalora", "svd-lora", "peft-adalora")
+_OWN = ("full", "bitfit", "houlsby", "pfeiffer")
+
 # Of each task: the hub's name for it, and the classes that load model and processor.
 _KINDS = {
     "classification": ("text-classification", "AutoModelForSequenceClassification", "AutoTokenizer"),
@@ -57,19 +61,24 @@ def model_card(recipe: Recipe, facts: CardFacts, report: RankReport | None) -> s
 
 def loading_code(recipe: Recipe, facts: CardFacts) -> str:
     """A complete program that loads the adapter in ./adapter and uses it on one input."""
-    ours = recipe.method["name"] == "adalora"
+    name = recipe.method["name"]
     _, auto, processor = _KINDS[recipe.task]
     classes = sorted({auto, processor, *(["AutoConfig"] if recipe.model.config else [])})
-    load = "adalora.load_adapter" if ours else "peft.PeftModel.from_pretrained"
+    first, load = "import peft", 'peft.PeftModel.from_pretrained(base, "adapter")'
+    if name in _ADALORA:
+        first, load = "import adalora", 'adalora.load_adapter(base, "adapter")'
+    elif name in _OWN:
+        first, load = "from pathlib import Path\n", f'build_method({{"name": "{name}"}}).load(base, Path("adapter"))'
     return "\n".join(
         [
-            *(["import adalora"] if ours else ["import peft"]),
+            first,
             "import torch",
             *(["from PIL import Image"] if recipe.task == "image-classification" else []),
             f"from transformers import {', '.join(classes)}",
+            *(["", "from adalora.methods import build_method"] if name in _OWN else []),
             "",
             *_base_code(recipe, facts, auto),
-            f'model = {load}(base, "adapter").eval()',
+            f"model = {load}.eval()",
             f'{processor.removeprefix("Auto").lower()} = {processor}.from_pretrained("adapter")',
             *_usage(recipe, facts),
         ]
@@ -137,8 +146,9 @@ def _usage(recipe: Recipe, facts: CardFacts) -> list[str]:
 
 def _front_matter(method: str, base: str, task: str) -> list[str]:
     pipeline = _KINDS[task][0]
+    library = "transformers" if method == "full" else "adalora" if method in _OWN else "peft"
     tags = [method, "parameter-efficient-fine-tuning", pipeline]
-    front = {"library_name": "peft", "tags": tags, "pipeline_tag": pipeline}
+    front = {"library_name": library, "tags": tags, "pipeline_tag": pipeline}
     if not _is_local(base):  # the hub refuses a card whose base_model is no hub name
         front = {"base_model": base, **front}
     return ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]

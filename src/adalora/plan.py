@@ -46,11 +46,14 @@ def plan_lines(model: nn.Module, method: Method, schedule: Schedule | None, step
         return [f"parameters {count.final:,} in adapters, {count.head:,} in the head; {steps} steps", memory]
     report = rank_report(model)
     even = count.peak * schedule.target_budget // max(schedule.initial_budget, 1)
+    triplets = sum(row.capacity for row in report.rows)
+    in_parameters = schedule.initial_budget == count.peak  # a budget in parameters starts with all of them
+    kept, bound = ("as many as fit", "at most") if in_parameters else (schedule.target_budget, "if spread evenly")
     reduction = schedule.freeze_step - schedule.tinit
     return [
         f"matrices   {len(report.rows)}",
-        f"triplets   {schedule.initial_budget} at the start, {schedule.target_budget} in the end",
-        f"parameters {count.peak:,} at the start, {even:,} in the end if spread evenly; {count.head:,} in the head",
+        f"triplets   {triplets} at the start, {kept} in the end",
+        f"parameters {count.peak:,} at the start, {even:,} in the end {bound}; {count.head:,} in the head",
         f"schedule   {steps} steps: {schedule.tinit} warm-up, {reduction} reduction with an allocation every "
         f"{schedule.deltaT}, {steps - schedule.freeze_step} final",
         memory,

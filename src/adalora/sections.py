@@ -17,7 +17,8 @@ class DataSection(Section):
     """Where the rows are: a hub data set by `name`, or local jsonl, csv, tsv or parquet files.
 
     With `name`, `train`, `validation` and `test` are split names; without, they are files. If there is no
-    validation set, a tenth of the training set is held out. `*_rows` take the first rows of a split only.
+    validation set, a tenth of the training set is held out. `*_rows` draw that many rows of a split by the recipe's
+    seed, each class in its share.
     """
 
     name: str | None = None

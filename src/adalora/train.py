@@ -36,7 +36,7 @@ from .methods.adalora import AdaLora
 from .methods.base import Method, ParameterCount
 from .plan import PlanPrinter
 from .recipe import Recipe
-from .records import CHECKPOINTS, RESULT, ProgressLine, RunRecorder, claimed, explained
+from .records import CHECKPOINTS, RESULT, ProgressLine, RunRecorder, claimed, explained, loggers_last
 from .report import RankReport, rank_report
 from .resolve import PATIENCE, check_training, resolve_model, resolve_recipe, resolve_training, training_arguments
 from .resuming import last_checkpoint, require_same, resumed, rewind
@@ -221,6 +221,7 @@ def build_trainer(
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"in section training: {error}") from error
     trainer.remove_callback(PrinterCallback)
+    loggers_last(trainer)
     return trainer
 
 
@@ -284,7 +285,7 @@ def write_record(job: _Job, result: RunResult, split: str) -> None:
     if report is not None and allocator is not None:
         writers["ranks.png"] = lambda path: save_heatmap(report, path)
         writers["budget.png"] = lambda path: save_budget_curve(
-            allocator.schedule, job.recorder.live, result.steps, path
+            allocator.schedule, job.recorder.live, result.steps, path, allocator.unit
         )
     write_files(result.folder, writers)
     write_report(result.folder)

@@ -70,7 +70,10 @@ def _write(trained: Trained, model: Any, format: Format, out: Path, task_type: s
     from ..checkpoint import save_adapter
     from ..export import export_lora, export_merged
 
-    if trained.recipe.method["name"] == "lora":
+    name = trained.recipe.method["name"]
+    if name in ("full", "bitfit", "houlsby", "pfeiffer"):
+        raise ConfigError(f"{str(trained.adapter)!r} was trained by {name}, which is no low-rank increment to export.")
+    if name not in ("adalora", "svd-lora", "peft-adalora"):
         if format is not Format.merged:
             raise ConfigError(f"{str(trained.adapter)!r} is a LoRA already; --format merged can be made of it.")
         model.merge_and_unload().save_pretrained(out)

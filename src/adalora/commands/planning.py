@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .console import AsJson, Settings, complete_recipe, open_console, print_json, print_table
+from .console import AsJson, Settings, complete_recipe, print_json
+from .planned import print_plan, print_sweep
+from .ranks import read_ranks, require_no_blanks, with_rank
 
 if TYPE_CHECKING:
     from ..config import AdaLoraConfig
@@ -23,7 +25,14 @@ PLAN_EPILOG = (
 _SHOWN = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the reduction phase: where the budget is printed
 
 
+def _take_the_rest(context: typer.Context, given: list[str] | None) -> list[str] | None:
+    if given:  # behind a blank stand further ranks: the message is ours, not click's
+        context.allow_extra_args = True
+    return given
+
+
 def plan(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -32,7 +41,8 @@ def plan(
     ],
     settings: Settings = None,
     target_r: Annotated[
-        list[str] | None, typer.Option("--target-r", metavar="R,R,…", help="Final ranks to compare in a table.")
+        list[str] | None,
+        typer.Option("--target-r", metavar="R,R,…", callback=_take_the_rest, help="Final ranks to compare in a table."),
     ] = None,
     task: Annotated[str, typer.Option(help="Task of a MODEL; a recipe has its own.")] = "classification",
     labels: Annotated[int, typer.Option(min=1, help="Classes of the head.")] = 2,
@@ -46,14 +56,15 @@ def plan(
     from ..train import quiet
 
     quiet()
+    require_no_blanks([source, *context.args], target_r)
+    ranks = read_ranks(target_r)
     recipe = _recipe(source, settings or [], task)
-    ranks = _ranks(target_r)
     if len(ranks) > 1:
         rows = [_sweep_row(recipe, rank, labels) for rank in ranks]
-        print_json(rows) if as_json else _print_sweep(rows)
+        print_json(rows) if as_json else print_sweep(rows)
         return
-    facts = plan_facts(_with_rank(recipe, ranks[0]) if ranks else recipe, labels, steps, measure)
-    print_json(facts) if as_json else _print_plan(facts)
+    facts = plan_facts(with_rank(recipe, ranks[0]) if ranks else recipe, labels, steps, measure)
+    print_json(facts) if as_json else print_plan(facts)
 
 
 def plan_facts(recipe: Recipe, labels: int, steps: int | None, measure: bool) -> dict[str, Any]:
@@ -129,7 +140,7 @@ def schedule_facts(config: AdaLoraConfig, sizes: Sizes, steps: int) -> dict[str,
     """Phases in steps, how often triplets are chosen anew, and the budget along the way."""
     from ..schedule import Schedule
 
-    schedule = Schedule.from_config(config, sizes.initial, sizes.target, steps)
+    schedule = Schedule.from_config(config, sizes.budget.initial, sizes.budget.target, steps)
     falling = schedule.freeze_step - schedule.tinit
     shown = sorted({min(schedule.tinit + round(part * falling), steps - 1) for part in _SHOWN})
     return {
@@ -160,30 +171,31 @@ def _recipe(source: str, settings: list[str], task: str) -> Recipe:
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
-    from ..resolve import DEFAULTS
+    from ..resolve import resolve_without_data
 
-    return DEFAULTS | recipe.training
+    return resolve_without_data(recipe).training
 
 
 def _size_facts(model: Any, method: Any, steps: int | None) -> dict[str, Any]:
     """Sizes, memory and schedule of a prepared model, by method."""
-    from ..injection import adapter_config
-    from ..integrations.transformers import is_adapted
+    from ..injection import adapter_config, base_size
+    from ..methods.adalora import AdaLora
     from .sizes import FP32, adapter_sizes, memory
     from .skeleton import shapes_of
 
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    if not is_adapted(model):
+    if not isinstance(method, AdaLora):
         count = method.count(model)
         numbers = {"peak": count.peak, "final": count.final, "head": count.head}
         size = FP32 * (count.final + count.head)
         return {"parameters": numbers, "file_bytes": size, "memory": memory(frozen, count.peak, count.head, False)}
     config, (shapes, whole) = adapter_config(model), shapes_of(model)
-    sizes = adapter_sizes(shapes, config, whole)
+    sizes = adapter_sizes(shapes, config, whole, base_size(model))
     numbers = {key: getattr(sizes, key) for key in ("peak", "final", "least", "most", "unit", "head")}
     return {
         "matrices": sizes.matrices,
-        "triplets": {"initial": sizes.initial, "target": sizes.target},
+        "triplets": {"initial": sizes.initial, "target": sizes.budget.target if config.budget == "triplets" else None},
+        "unit": sizes.budget.unit,
         "parameters": numbers,
         "file_bytes": sizes.file_bytes,
         "memory": memory(frozen, sizes.peak, sizes.head, True),
@@ -192,31 +204,12 @@ def _size_facts(model: Any, method: Any, steps: int | None) -> dict[str, Any]:
     }
 
 
-def _ranks(given: list[str] | None) -> list[int]:
-    """Positive integers, separated by commas or given one by one. Raises ConfigError."""
-    parts = [part for text in given or [] for part in text.replace(",", " ").split()]
-    bad = [part for part in parts if not part.isdecimal() or int(part) < 1]
-    if bad:
-        raise ConfigError(f"--target-r holds {bad[0]!r}; give ranks of at least 1, such as --target-r 1,2,4,8.")
-    return [int(part) for part in parts]
-
-
-def _with_rank(recipe: Recipe, rank: int) -> Recipe:
-    """The recipe at another final rank; the first rank keeps its ratio to it, 12 to 8 by default."""
-    method = dict(recipe.method)
-    if method.get("name") == "lora":
-        return recipe.model_copy(update={"method": method | {"r": rank, "parameters": None}})
-    start, end = method.get("init_r", 12), method.get("target_r", 8)
-    first = math.ceil(rank * start / end) if end else rank
-    return recipe.model_copy(update={"method": method | {"init_r": first, "target_r": rank}})
-
-
 def _sweep_row(recipe: Recipe, rank: int, labels: int) -> dict[str, Any]:
     from ..methods import build_method
     from ..resolve import resolve_model
     from .skeleton import build
 
-    recipe = _with_rank(recipe, rank)
+    recipe = with_rank(recipe, rank)
     method = build_method(recipe.method)
     facts = _size_facts(method.prepare(build(resolve_model(recipe)[0], recipe, labels)), method, None)
     trained = sum(size for name, size in facts["memory"].items() if name != "base weights")
@@ -230,69 +223,6 @@ def _sweep_row(recipe: Recipe, rank: int, labels: int) -> dict[str, Any]:
     }
 
 
-def _print_sweep(rows: list[dict[str, Any]]) -> None:
-    columns = ("target_r", "init_r", "triplets", "parameters", "at the start", "head", "file", "training")
-    lines = []
-    for row in rows:
-        numbers = ("–" if row[key] is None else f"{row[key]:,}" for key in ("triplets", "final", "peak", "head"))
-        sizes = (_bytes(row[key]) for key in ("file_bytes", "training_bytes"))
-        lines.append((str(row["target_r"]), str(row["init_r"]), *numbers, *sizes))
-    print_table(columns, lines, left=0)
-    typer.echo("parameters: of the adapter, if spread evenly; training: memory of all that trains, no activations")
-
-
-def _print_plan(facts: dict[str, Any]) -> None:
-    lines = [f"model      {facts['model']} for {facts['task']}, {facts['method']}"]
-    numbers = facts["parameters"]
-    if "matrices" in facts:
-        triplets = facts["triplets"]
-        lines += [
-            f"matrices   {facts['matrices']}; one rank on all of them is {numbers['unit']:,} parameters in A and B",
-            f"triplets   {triplets['initial']:,} at the start, {triplets['target']:,} in the end",
-            f"parameters {numbers['peak']:,} at the start, {numbers['final']:,} in the end if spread evenly "
-            f"({numbers['least']:,} to {numbers['most']:,}), {numbers['head']:,} in the head",
-        ]
-    else:
-        lines += [f"parameters {numbers['final']:,} in adapters, {numbers['head']:,} in the head"]
-    lines += [f"file       {facts['file_bytes']:,} bytes ({_bytes(facts['file_bytes'])})", *_memory_lines(facts)]
-    lines += [*_schedule_lines(facts), *_time_lines(facts)]
-    console = open_console()
-    for line in lines:
-        console.print(line, markup=False)
-
-
-def _memory_lines(facts: dict[str, Any]) -> list[str]:
-    parts, batch = facts["memory"], facts["batch"]
-    how = "activations counted in a pass without values" if "activations" in parts else "without activations"
-    lines = [f"memory     {_bytes(sum(parts.values()))} for a batch of {batch['rows']} × {batch['longest']}, {how}:"]
-    return lines + [f"             {name:<20} {_bytes(size):>9}" for name, size in parts.items()]
-
-
-def _schedule_lines(facts: dict[str, Any]) -> list[str]:
-    if "phases" not in facts:
-        return []
-    schedule = facts["schedule"]
-    if schedule is None:
-        phases = ", ".join(f"{name} {value}" for name, value in facts["phases"].items())
-        return [f"schedule   {phases}; the length of the data is unknown, give --steps for the rest"]
-    budget = ", ".join(f"{count:,} at {step:,}" for step, count in schedule["budget"].items())
-    return [
-        f"schedule   {facts['steps']:,} steps: {schedule['tinit']:,} warm-up, {schedule['reduction']:,} reduction, "
-        f"{schedule['tfinal']:,} final; {schedule['allocations']:,} allocations, every {schedule['deltaT']:,}",
-        f"budget     {budget}",
-    ]
-
-
-def _time_lines(facts: dict[str, Any]) -> list[str]:
-    lines = [f"unknown    {facts['unknown']}"] if "unknown" in facts else []
-    if "seconds_per_step" in facts:
-        each, steps = facts["seconds_per_step"], facts["steps"]
-        whole = f", {_duration(each * steps)} for {steps:,} steps" if steps else ""
-        least = "" if facts["time_source"].startswith("measured") else "at least "
-        lines.append(f"time       {least}{each:.3g} s a step{whole}: {facts['time_source']}")
-    return lines
-
-
 def _longest(model: Any, recipe: Recipe) -> str:
     from .skeleton import longest
 
@@ -304,17 +234,3 @@ def _longest(model: Any, recipe: Recipe) -> str:
     return (
         f"({length} + {data.max_target_length}) tokens{most}" if recipe.task == "seq2seq" else f"{length} tokens{most}"
     )
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB" if size < 1000 else f"{size / 1000:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

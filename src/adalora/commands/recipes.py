@@ -57,10 +57,9 @@ def check(recipe: RecipeName, settings: Settings = None) -> None:
     from ..train import check as check_run
 
     method = check_run(loaded, Path())
-    from ..resolve import DEFAULTS, resolve_recipe
+    from ..resolve import resolve_recipe, resolve_without_data
 
-    resolved = resolve_recipe(loaded, method)
-    typer.echo(resolved.model_copy(update={"training": DEFAULTS | resolved.training}).dump().rstrip())
+    typer.echo(resolve_without_data(resolve_recipe(loaded, method)).dump().rstrip())
 
 
 def _purpose(name: str) -> str:

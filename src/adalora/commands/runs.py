@@ -62,7 +62,7 @@ def read_trained(folder: Path, model: str | None = None, settings: Sequence[str]
     Raises AdapterFileError for a folder that is neither, ConfigError where the task cannot be told.
     """
     adapter = adapter_folder(folder)
-    config = read_json(adapter / CONFIG_FILE)
+    config = read_json(adapter / CONFIG_FILE) if (adapter / CONFIG_FILE).is_file() else {}
     run = adapter.parent if (adapter.parent / "recipe.yaml").is_file() and adapter.name == "adapter" else None
     recipe = load_recipe(str(run / "recipe.yaml"), settings) if run else _recipe_of(adapter, config, model, settings)
     known = run is not None and (run / "result.json").is_file()
@@ -79,6 +79,8 @@ def adapter_folder(folder: Path) -> Path:
     for place in (folder / "adapter", folder):
         if (place / CONFIG_FILE).is_file():
             return place
+    if (folder / "recipe.yaml").is_file() and (folder / "adapter" / "config.json").is_file():
+        return folder / "adapter"  # of full fine-tuning: a whole model
     failed = folder / "FAILED.txt"
     why = f" The run there failed: {failed.read_text(encoding='utf-8').strip()}" if failed.is_file() else ""
     state = "holds no adapter" if folder.is_dir() else "is no folder"

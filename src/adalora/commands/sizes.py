@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..budget import Budget, plan_budget
 from ..config import AdaLoraConfig
 from ..reading import PREFIX
 from ..targets import bound
@@ -17,15 +18,16 @@ FP32 = 4  # bytes: adapters, their gradients, Adam's moments and the averages
 
 @dataclass(frozen=True)
 class Sizes:
-    """Triplets at the start and in the end; parameters at the start, and in the end for an even spread.
+    """Triplets at the start; the budget; parameters at the start, and in the end for an even spread.
 
-    `least` and `most` bound the parameters in the end over all ways to spread the budget; `unit` is what one rank
-    on every matrix costs in A and B. `head` counts what trains whole. Parameters count A, E and B.
+    `least` and `most` bound the parameters in the end over all ways to spread the budget: a budget in parameters is
+    spent but for less than the dearest triplet. `unit` is what one rank on every matrix costs in A and B. `head` counts
+    what trains whole. Parameters count A, E and B.
     """
 
     matrices: int
     initial: int
-    target: int
+    budget: Budget
     peak: int
     final: int
     least: int
@@ -35,21 +37,27 @@ class Sizes:
     file_bytes: int
 
 
-def adapter_sizes(shapes: Shapes, config: AdaLoraConfig, whole: Mapping[str, tuple[int, ...]]) -> Sizes:
-    """Sizes of AdaLoRA on matrices of these `shapes`; `whole` are the shapes of tensors trained and stored whole."""
+def adapter_sizes(shapes: Shapes, config: AdaLoraConfig, whole: Mapping[str, tuple[int, ...]], base: int = 0) -> Sizes:
+    """Sizes of AdaLoRA on matrices of these `shapes` in a model of `base` parameters.
+
+    `whole` are the shapes of tensors trained and stored whole.
+    """
     capacity = {name: bound(config.max_rank, name, config.init_r) for name in shapes}
     costs = {name: sum(shape) + 1 for name, shape in shapes.items()}
-    target = config.target_r * len(shapes)
+    budget = plan_budget(config, shapes, capacity, base)
+    counts_triplets = config.budget == "triplets"
     order = sorted(costs, key=lambda name: costs[name])
-    even = {name: min(config.target_r, capacity[name]) for name in shapes}
+    rank = config.target_r if config.target_parameters is None else budget.target // sum(costs.values())
+    even = {name: min(rank, capacity[name]) for name in shapes}
+    spent = max(budget.target - max(costs.values()) + 1, 0)
     return Sizes(
         matrices=len(shapes),
         initial=sum(capacity.values()),
-        target=target,
+        budget=budget,
         peak=sum(capacity[name] * costs[name] for name in shapes),
-        final=sum(even[name] * costs[name] for name in shapes),
-        least=_filled(order, capacity, costs, target),
-        most=_filled(order[::-1], capacity, costs, target),
+        final=sum(even[name] * costs[name] for name in shapes) if counts_triplets else budget.target,
+        least=_filled(order, capacity, costs, budget.target) if counts_triplets else spent,
+        most=_filled(order[::-1], capacity, costs, budget.target) if counts_triplets else budget.target,
         unit=sum(sum(shape) for shape in shapes.values()),
         head=sum(_product(shape) for shape in whole.values()),
         file_bytes=file_bytes(shapes, even, config, whole),

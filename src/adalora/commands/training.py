@@ -78,9 +78,9 @@ def demo(
 def _run_to_resume(recipe: str, file: Path | None, out: Path | None) -> Path:
     """The folder of the run to go on with. Raises ConfigError where none is meant."""
     folder = out or (file.parent if file else Path("runs") / Path(recipe).stem)
-    if not any(folder.glob("checkpoints/checkpoint-*")):
+    if not (folder / "recipe.yaml").is_file():
         raise ConfigError(
-            f"--resume: {str(folder)!r} holds no checkpoint of a run that was interrupted. Name its folder with --out, "
-            "or leave --resume out to begin anew."
+            f"--resume: {str(folder)!r} holds no run that was interrupted. Name its folder with --out, or leave "
+            "--resume out to begin anew."
         )
     return folder

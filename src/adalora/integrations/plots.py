@@ -33,8 +33,10 @@ def save_heatmap(report: RankReport, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def save_budget_curve(schedule: Schedule, live: Sequence[tuple[int, int]], reached: int, path: Path) -> None:
-    """The schedule's budget at each of the `reached` steps, and the (step, live triplets) after each allocation."""
+def save_budget_curve(
+    schedule: Schedule, live: Sequence[tuple[int, int]], reached: int, path: Path, unit: str = "triplets"
+) -> None:
+    """The schedule's budget at each of the `reached` steps, and (step, spent) after each allocation, in `unit`s."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.add_subplot()
     steps = range(min(reached, schedule.total_step))
@@ -45,7 +47,7 @@ def save_budget_curve(schedule: Schedule, live: Sequence[tuple[int, int]], reach
         if step < reached:
             axes.axvline(step, color="gray", linewidth=0.8, linestyle="--")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("triplets")
+    axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -20,7 +20,7 @@ from ..errors import DataError
 from ..recipe import Recipe
 from ..sections import ClassificationData
 from .data import describe_rows, load_splits, require_texts
-from .labels import encode_labels, label_names, read_labels
+from .labels import are_numbers, encode_labels, label_names, read_labels
 from .ordered import without_metrics
 from .pretrained import load_model, load_tokenizer, require_known_tokens
 from .scores import class_scores, number_scores
@@ -43,7 +43,6 @@ class ClassificationTask:
     metric: str
     data: ClassificationData
 
-    greater_is_better: ClassVar[bool] = True
     task_type: ClassVar[str | None] = "SEQ_CLS"
     trainer_type: ClassVar[type[Trainer]] = Trainer
     argument_options: ClassVar[Mapping[str, Any]] = {}
@@ -125,9 +124,10 @@ def build_task(path: str, recipe: Recipe) -> ClassificationTask:
     """Load and tokenize the recipe's data for the model at `path`. Raises DataError, or ConfigError for the model."""
     data = _section(recipe)
 
-    def check(split: str, rows: Dataset) -> None:
+    def check(split: str, rows: Dataset) -> list[Any] | None:
         require_texts(rows, _text_columns(data), f"data.{split}")
-        read_labels(split, rows, data.label)
+        values = read_labels(split, rows, data.label)
+        return None if are_numbers(values, data.kind) else values
 
     splits = load_splits(data, recipe.seed, ("text", "text_pair", "label"), check)
     # Rows that were held out belong to the training set: they may have the only row of a class.

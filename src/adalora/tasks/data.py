@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -30,29 +32,52 @@ def load_splits(
     data: DataSection,
     seed: int,
     columns: Sequence[str] = (),
-    check: Callable[[str, Dataset], None] | None = None,
+    check: Callable[[str, Dataset], Sequence[Any] | None] | None = None,
 ) -> DatasetDict:
-    """The splits train, validation and, if there is one, test.
+    """The splits train, validation and, if there is one, test, each in the order of its file.
 
     `columns` are the keys of `data` that name columns; those that are None are left out. `check` is given each
-    split's name and its rows, whole and in the order of the file, and raises what is wrong with them. Only then a
-    validation set is held out, and the splits are cut to `*_rows`. Raises DataError.
+    split's name and its rows, whole and in the order of the file. It raises what is wrong with them, and returns the
+    class of each row, or None where rows have no classes. Only then a validation set is held out, and `*_rows` are
+    drawn from the splits; see `draw`. Raises DataError.
     """
     wanted = {name: getattr(data, name) for name in SPLITS if getattr(data, name)}
     splits = _from_hub(data, wanted) if data.name else DatasetDict({k: _from_file(k, v) for k, v in wanted.items()})
     named = {key: getattr(data, key) for key in columns if getattr(data, key) is not None}
+    classes: dict[str, Sequence[Any]] = {}
     for name, rows in splits.items():
         if not len(rows):
             raise DataError(f"data.{name} ({wanted[name]!r}) has no rows.")
         require_columns(rows, named, f"data.{name}")
-        if check is not None:
-            check(name, rows)
+        classes[name] = (check(name, rows) if check else None) or [None] * len(rows)
     if "validation" not in splits:
-        if len(splits["train"]) < 2:
-            raise DataError("data.train has 1 row, of which none can be held out; give more rows, or data.validation.")
-        parts = splits["train"].train_test_split(test_size=HELD_OUT, seed=seed)
-        splits["train"], splits["validation"] = parts["train"], parts["test"]
-    return DatasetDict({name: _first(splits[name], getattr(data, f"{name}_rows")) for name in SPLITS if name in splits})
+        train, held_out = _held_out(len(splits["train"]), seed)
+        for name, chosen in (("validation", held_out), ("train", train)):
+            classes[name] = [classes["train"][i] for i in chosen]
+            splits[name] = splits["train"].select(chosen)
+    for name in SPLITS:
+        limit = getattr(data, f"{name}_rows")
+        if name in splits and limit is not None:
+            if name == "train":
+                _require_a_row_each(limit, classes[name])
+            splits[name] = splits[name].select(draw(classes[name], limit, seed))
+    return DatasetDict({name: splits[name] for name in SPLITS if name in splits})
+
+
+def draw(classes: Sequence[Any], count: int, seed: int) -> list[int]:
+    """Indices of `count` rows drawn by `seed`, each class in its share and, if there is room, with one row at least.
+
+    In ascending order; all of them where there are no more than `count`. With the same seed, a larger count adds rows
+    and takes none away.
+    """
+    sizes, met = Counter(classes), Counter[Any]()
+    ranked = []
+    for place, index in enumerate(np.random.default_rng(seed).permutation(len(classes)).tolist()):
+        name = classes[index]
+        # The first row of each class comes first; the rest of it is spread evenly over the whole ranking.
+        ranked.append((met[name] > 0, (met[name] + 0.5) / sizes[name], place, index))
+        met[name] += 1
+    return sorted(index for *_, index in sorted(ranked)[:count])
 
 
 def describe_rows(splits: Mapping[str, Sized]) -> str:
@@ -87,8 +112,20 @@ def require_texts(rows: Dataset, columns: Sequence[str], where: str) -> None:
         )
 
 
-def _first(rows: Dataset, limit: int | None) -> Dataset:
-    return rows if limit is None or limit >= len(rows) else rows.select(range(limit))
+def _held_out(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """(training rows, rows held out for validation) of `count`."""
+    if count < 2:
+        raise DataError("data.train has 1 row, of which none can be held out; give more rows, or data.validation.")
+    parts = Dataset.from_dict({"row": range(count)}).train_test_split(test_size=HELD_OUT, seed=seed)
+    return parts["train"]["row"][:], parts["test"]["row"][:]
+
+
+def _require_a_row_each(limit: int, classes: Sequence[Any]) -> None:
+    if limit < len(set(classes)):
+        raise DataError(
+            f"data.train_rows is {limit}, but data.train has rows of {len(set(classes))} classes, each of which needs "
+            f"one; set it to at least {len(set(classes))}."
+        )
 
 
 def _from_file(split: str, file: str) -> Dataset:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,9 +39,14 @@ class ImagesTask:
     data: ImagesData
     folders: Mapping[str, Path]  # of each split, to which the paths of its images are relative
     metric: str = "accuracy"
-    greater_is_better: bool = True
-    task_type: str | None = None
-    trainer_type: type[Trainer] = Trainer
+
+    task_type: ClassVar[str | None] = None
+    trainer_type: ClassVar[type[Trainer]] = Trainer
+    # The raw image is no argument of the model, and has no length to group by.
+    argument_options: ClassVar[Mapping[str, Any]] = {
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "random",
+    }
 
     def describe(self) -> str:
         """In words, e.g. `2 classes (cat, dog); 64 train, 16 validation rows`."""
@@ -52,11 +57,6 @@ class ImagesTask:
     def trainer_options(self) -> Mapping[str, Any]:
         """Scores of the evaluations on the way."""
         return {"compute_metrics": self.compute_metrics}
-
-    @property
-    def argument_options(self) -> Mapping[str, Any]:
-        """The raw image is no argument of the model, and has no length to group by."""
-        return {"remove_unused_columns": False, "train_sampling_strategy": "random"}
 
     def collator(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """pixel_values (rows, channels, height, width) and, where rows have them, labels (rows,)."""
@@ -139,9 +139,9 @@ def build_task(path: str, recipe: Recipe) -> ImagesTask:
     assert isinstance(data, ImagesData)
     folders = {split: _folder(data, split) for split in SPLITS}
 
-    def check(split: str, rows: Dataset) -> None:
-        read_labels(split, rows, data.label)
+    def check(split: str, rows: Dataset) -> list[Any]:
         _require_files(split, rows, data, folders[split])
+        return read_labels(split, rows, data.label)
 
     raw = load_splits(data, recipe.seed, ("image", "label"), check)
     held_out = [] if data.validation else ["validation"]  # may have the only row of a class

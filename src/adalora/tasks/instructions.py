@@ -6,18 +6,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationConfig, Trainer
 
 from ..errors import ConfigError, DataError
 from ..recipe import Recipe
 from ..sections import InstructionsData
+from .causal import Collator, final_answer, require_isolation, row_losses
 from .chat import IGNORED, ChatFormat, blocks, packed
 from .data import describe_rows, load_splits
 from .pretrained import load_model, load_tokenizer, require_known_tokens
@@ -45,18 +44,16 @@ class InstructionsTask:
     asked: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # (prompt, reference) of each split
     notes: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
-    task_type: str | None = "CAUSAL_LM"
-    trainer_type: type[Trainer] = Trainer
+
+    task_type: ClassVar[str | None] = "CAUSAL_LM"
+    trainer_type: ClassVar[type[Trainer]] = Trainer
+    # Small batches, because logits are as wide as the vocabulary.
+    argument_options: ClassVar[Mapping[str, Any]] = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
 
     @property
     def processor(self) -> Any:
         """The tokenizer, with the chat template that was used."""
         return self.format.tokenizer
-
-    @property
-    def greater_is_better(self) -> bool:
-        """Not for a loss."""
-        return self.metric == "exact_match"
 
     @property
     def collator(self) -> Collator:
@@ -67,11 +64,6 @@ class InstructionsTask:
     def trainer_options(self) -> Mapping[str, Any]:
         """Losses are kept by row: the logits of a split would not fit into memory."""
         return {"compute_metrics": self.compute_metrics, "preprocess_logits_for_metrics": row_losses}
-
-    @property
-    def argument_options(self) -> Mapping[str, Any]:
-        """Small batches, because logits are as wide as the vocabulary."""
-        return {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
 
     def describe(self) -> str:
         """In words, with the first boundary between prompt and answer."""
@@ -175,81 +167,6 @@ class InstructionsTask:
                     f"{self.data.max_new_tokens} are more than the {limit} that {self.name!r} takes. Lower "
                     "data.max_new_tokens, or remove this row."
                 )
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Rows → tensors (rows, longest row). Packed rows get no attention mask: their positions tell the texts apart."""
-
-    pad_token_id: int
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The padding of a packed row is one more text, without loss."""
-        free = [max(len(row["input_ids"]) for row in rows) - len(row["input_ids"]) for row in rows]
-        pairs = list(zip(rows, free, strict=True))
-        batch = {
-            "input_ids": [[*row["input_ids"], *[self.pad_token_id] * n] for row, n in pairs],
-            "labels": [[*row["labels"], *[IGNORED] * n] for row, n in pairs],
-        }
-        if "position_ids" in rows[0]:
-            batch["position_ids"] = [[*row["position_ids"], *range(n)] for row, n in pairs]
-        else:
-            batch["attention_mask"] = [[1] * len(row["input_ids"]) + [0] * n for row, n in pairs]
-        return {key: torch.tensor(values) for key, values in batch.items()}
-
-
-def row_losses(logits: Any, labels: Tensor) -> Tensor:
-    """(rows, 2): sum of the losses and number of the learned tokens. `logits` (rows, tokens, vocabulary)."""
-    scores: Tensor = logits[0] if isinstance(logits, tuple) else logits
-    # Row by row: in float32, the logits of a batch would be there twice.
-    sums = [
-        functional.cross_entropy(row[:-1].float(), target[1:], ignore_index=IGNORED, reduction="sum")
-        for row, target in zip(scores, labels, strict=True)
-    ]
-    return torch.stack([torch.stack(sums), (labels[:, 1:] != IGNORED).sum(1).float()], dim=1)
-
-
-def require_isolation(model: Any, name: str) -> None:
-    """Raise ConfigError unless a text gets the same logits behind another one as alone. Tried, not looked up."""
-    device = next(model.parameters()).device
-    ids = torch.arange(3, 11, device=device)[None] % model.get_input_embeddings().num_embeddings
-    positions = torch.arange(8, device=device)[None] % 4
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            alone = model(input_ids=ids[:, 4:], use_cache=False).logits.float()
-            behind = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
-        difference = float((alone - behind).abs().max() / alone.abs().max())
-    except TypeError:  # no position_ids
-        difference = math.inf
-    model.train(training)
-    if not difference < (1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2):
-        raise ConfigError(
-            f"data.packing is true, but in {name!r} ({type(model).__name__}) a text would see the one before it in the "
-            f"same row (its logits differ by {difference:.1e}). Set data.packing=false."
-        )
-
-
-def final_answer(text: str, pattern: str | None) -> str | None:
-    """The last match of `pattern` (its first group, if it has one) in normal form, or None; no pattern takes all."""
-    if pattern is None:
-        return normal_form(text)
-    matches = list(re.finditer(pattern, text))
-    if not matches:
-        return None
-    last = matches[-1]
-    return normal_form(last.group(1) or "" if last.re.groups else last.group())
-
-
-def normal_form(answer: str) -> str:
-    """`$1,234.50` → `1234.5`: numbers without currency, commas, idle zeros; other texts in lower case."""
-    plain = " ".join(answer.split()).rstrip(".")
-    try:
-        number = Decimal(plain.replace(",", "").replace("$", "").replace(" ", ""))
-        return f"{number.normalize() + 0:f}" if number.is_finite() else plain.casefold()
-    except InvalidOperation:
-        return plain.casefold()
 
 
 def build_task(path: str, recipe: Recipe) -> InstructionsTask:

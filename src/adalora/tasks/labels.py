@@ -31,13 +31,14 @@ def read_labels(split: str, rows: Dataset, column: str) -> list[Any]:
     return values
 
 
-def label_names(values: Sequence[Any], kind: str | None, column: str, feature: Any) -> list[str]:
-    """Names of the classes in the training labels, in order; none for regression. Raises DataError.
+def are_numbers(values: Sequence[Any], kind: str | None) -> bool:
+    """Whether labels make a regression: `kind` is "classes", "numbers", or None: then numbers with a point do."""
+    return kind == "numbers" or (kind is None and any(isinstance(value, float) for value in values))
 
-    `kind` is "classes", "numbers", or None: then numbers with a point are numbers.
-    """
-    numbers = kind == "numbers" or (kind is None and any(isinstance(value, float) for value in values))
-    if numbers:
+
+def label_names(values: Sequence[Any], kind: str | None, column: str, feature: Any) -> list[str]:
+    """Names of the classes in the training labels, in order; none for regression. Raises DataError."""
+    if are_numbers(values, kind):
         return []
     names = list(feature.names) if isinstance(feature, ClassLabel) else [_name(value) for value in sorted(set(values))]
     if len(names) < 2:

@@ -36,7 +36,6 @@ class PairsTask:
     data: PairsData
     labels: list[str] = field(default_factory=list)
     model: nn.Module | None = None  # of which the collator asks how a target becomes the decoder's input
-    greater_is_better: ClassVar[bool] = True
     task_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
     trainer_type: ClassVar[type[Trainer]] = OrderedSeq2SeqTrainer
     argument_options: ClassVar[Mapping[str, Any]] = {"predict_with_generate": True}

@@ -49,7 +49,6 @@ class QuestionsTask:
     metric: str
     data: QuestionsData
     labels: list[str] = field(default_factory=list)
-    greater_is_better: ClassVar[bool] = True
     task_type: ClassVar[str | None] = "QUESTION_ANS"
     trainer_type: ClassVar[type[Trainer]] = OrderedTrainer
     argument_options: ClassVar[Mapping[str, Any]] = {}

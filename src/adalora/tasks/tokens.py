@@ -6,13 +6,12 @@ becomes several windows, so that no word goes without a prediction.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Dataset, DatasetDict
 from seqeval.metrics.sequence_labeling import get_entities
 from torch import Tensor, nn
 from transformers import (
@@ -29,16 +28,23 @@ from .data import describe_rows, load_splits
 from .ordered import OrderedTrainer, without_metrics
 from .pretrained import load_model, load_tokenizer, require_known_tokens
 from .scores import entity_scores, tag_accuracy
+from .tagged import (
+    ENTITY_TAG,
+    NO_LOSS,
+    OUTSIDE,
+    check_labels,
+    check_rows,
+    encode,
+    marks_entities,
+    rarest,
+    shown,
+    tag_names,
+    words_of,
+)
 
 BATCH = 32  # windows at once, in `predict`
-NO_LOSS = -100
-OUTSIDE = "O"
 PROBED = 8  # windows in a probe
-SHOWN = 8  # tags in a description
 
-_ENTITY_TAG = re.compile("O|[BIES]-.+")
-_BILOU_TAG = re.compile("[LU]-.+")
-_WORD = re.compile(r"\w+|[^\w\s]")
 _OURS = ("row", "heads", "words", "length", "labels")  # columns of windows that the model does not take
 
 
@@ -52,7 +58,6 @@ class TokensTask:
     processor: PreTrainedTokenizerBase
     metric: str
     data: TokensData
-    greater_is_better: ClassVar[bool] = True
     task_type: ClassVar[str | None] = "TOKEN_CLS"
     trainer_type: ClassVar[type[Trainer]] = OrderedTrainer
     argument_options: ClassVar[Mapping[str, Any]] = {}
@@ -80,7 +85,7 @@ class TokensTask:
         windows = sum(len(rows) for rows in self.splits.values())
         rows = describe_rows(self.tags)
         size = f"{windows:,} windows of {self.data.max_length} tokens"
-        return f"{len(self.labels)} tags ({_shown(self.labels)}); {rows} ({size})"
+        return f"{len(self.labels)} tags ({shown(self.labels)}); {rows} ({size})"
 
     def build_model(self, path: str, recipe: Recipe) -> nn.Module:
         """The pre-trained model with a head for these tags; the head's start depends on the global seed.
@@ -115,9 +120,9 @@ class TokensTask:
         (the mean over its words), text, and `words` from and to, the end left out; of a text also the characters
         `start` and `end`. Raises DataError.
         """
-        places = [_words_of(row, self.data.tokens, index) for index, row in enumerate(rows)]
+        places = [words_of(row, self.data.tokens, index) for index, row in enumerate(rows)]
         words = [[word for word, _, _ in found] for found in places]
-        windows = Dataset.from_dict(_encode(words, self.processor, self.data.max_length))
+        windows = Dataset.from_dict(encode(words, self.processor, self.data.max_length))
         tags = [[OUTSIDE if OUTSIDE in self.labels else self.labels[0]] * len(found) for found in words]
         scores = [[0.0] * len(found) for found in words]
         device = next(model.parameters()).device
@@ -140,7 +145,7 @@ class TokensTask:
         scores: list[float],
     ) -> dict[str, Any]:
         answer: dict[str, Any] = {"tokens": [word for word, _, _ in places], "tags": tags, "scores": scores}
-        if not _marks_entities(self.labels):
+        if not marks_entities(self.labels):
             return answer
         answer["entities"] = []
         for label, first, last in get_entities(tags):
@@ -170,22 +175,27 @@ class TokensTask:
             for head, word in zip(window["heads"], window["words"], strict=True):
                 found[window["row"]][word] = self.labels[int(guess[head])]
         scores = {"accuracy": tag_accuracy(found, truth)}
-        return entity_scores(found, truth) | scores if _marks_entities(self.labels) else scores
+        return entity_scores(found, truth) | scores if marks_entities(self.labels) else scores
 
 
 def build_task(path: str, recipe: Recipe) -> TokensTask:
     """Load and cut up the recipe's data for the model at `path`. Raises DataError, or ConfigError for the model."""
     data = _section(recipe)
-    splits = load_splits(data, recipe.seed, ("tokens", "tags"), lambda split, rows: _check(split, rows, data))
-    tags = {split: _names(rows, data.tags) for split, rows in splits.items()}
+
+    def check(split: str, rows: Dataset) -> list[str]:
+        check_rows(split, rows, data)
+        return rarest(tag_names(rows, data.tags))
+
+    splits = load_splits(data, recipe.seed, ("tokens", "tags"), check)
+    tags = {split: tag_names(rows, data.tags) for split, rows in splits.items()}
     seen = ["train"] if data.validation else ["train", "validation"]
     labels = sorted({tag for split in seen for row in tags[split] for tag in row})
-    _check_labels(tags, labels, data.tags)
+    check_labels(tags, labels, data.tags)
     processor, metric = _load_tokenizer(path, recipe), _metric(recipe, labels)
     index = {name: number for number, name in enumerate(labels)}
     windows = DatasetDict()
     for split, rows in splits.items():
-        encoded = _encode(rows[data.tokens][:], processor, data.max_length)
+        encoded = encode(rows[data.tokens][:], processor, data.max_length)
         encoded["labels"] = [[NO_LOSS] * length for length in encoded["length"]]
         for place, row, heads, words in zip(
             encoded["labels"], encoded["row"], encoded["heads"], encoded["words"], strict=True
@@ -208,19 +218,11 @@ def _section(recipe: Recipe) -> TokensData:
     return recipe.data
 
 
-def _shown(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:SHOWN]) + (", …" if len(labels) > SHOWN else "")
-
-
-def _marks_entities(labels: Sequence[str]) -> bool:
-    return all(_ENTITY_TAG.fullmatch(label) for label in labels)
-
-
 def _metric(recipe: Recipe, labels: Sequence[str]) -> str:
-    if _marks_entities(labels):
+    if marks_entities(labels):
         return recipe.metric or "f1"
     if recipe.metric not in (None, "accuracy"):
-        odd = next(label for label in labels if not _ENTITY_TAG.fullmatch(label))
+        odd = next(label for label in labels if not ENTITY_TAG.fullmatch(label))
         raise DataError(
             f"metric is {recipe.metric!r}, which counts entities, but tag {odd!r} is none of BIO or BIOES (O, B-X, "
             "I-X, E-X, S-X). Use metric=accuracy, or rename the tags."
@@ -238,92 +240,6 @@ def _load_tokenizer(path: str, recipe: Recipe) -> PreTrainedTokenizerBase:
             "token belongs to. Token classification needs one with a tokenizer.json; choose a model that has it."
         )
     return tokenizer
-
-
-def _check(split: str, rows: Dataset, data: TokensData) -> None:
-    """Raise DataError unless every row has a list of words and as many tags."""
-    where = f"data.{split}"
-    for number, (words, tags) in enumerate(zip(rows[data.tokens], rows[data.tags], strict=True)):
-        for column, values in ((data.tokens, words), (data.tags, tags)):
-            if not isinstance(values, list):
-                raise DataError(
-                    f"{where}: column {column!r} must hold lists, one entry for each word; row {number} holds "
-                    f"{values!r:.60}. Such rows need jsonl or parquet."
-                )
-        if not words or not all(isinstance(word, str) and word.strip() for word in words):
-            raise DataError(
-                f"{where}: column {data.tokens!r} must hold words; row {number} holds {words!r:.60}. Correct or remove "
-                "it."
-            )
-        if len(words) != len(tags):
-            raise DataError(
-                f"{where}: row {number} has {len(words)} words in column {data.tokens!r}, but {len(tags)} tags in "
-                f"column {data.tags!r}. Correct or remove it."
-            )
-        if any(tag is None or (isinstance(tag, int) and tag < 0) for tag in tags):
-            raise DataError(f"{where}: a tag is missing in row {number} of column {data.tags!r}. Correct or remove it.")
-
-
-def _names(rows: Dataset, column: str) -> list[list[str]]:
-    feature = getattr(rows.features[column], "feature", None)
-    names = feature.names if isinstance(feature, ClassLabel) else None
-    return [[names[tag] if names else str(tag) for tag in row] for row in rows[column]]
-
-
-def _check_labels(tags: Mapping[str, Sequence[Sequence[str]]], labels: Sequence[str], column: str) -> None:
-    if len(labels) < 2:
-        raise DataError(
-            f"column {column!r} of data.train holds only the tag {labels[0]!r}; choose another with data.tags."
-        )
-    bilou = [label for label in labels if _BILOU_TAG.fullmatch(label)]
-    if bilou and OUTSIDE in labels:
-        raise DataError(f"column {column!r} holds the BILOU tag {bilou[0]!r}; write E- for L- and S- for U- (BIOES).")
-    for split, rows in tags.items():
-        for number, row in enumerate(rows):
-            new = [tag for tag in row if tag not in labels]
-            if new:
-                raise DataError(
-                    f"data.{split}: tag {new[0]!r} in column {column!r} (row {number}) does not occur in the training "
-                    f"set, whose tags are {_shown(labels)}. Correct it, or remove these rows."
-                )
-
-
-def _encode(rows: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[Any]]:
-    """Windows of at most `max_length` tokens: `heads` are the first tokens of the `words` (indices) of `row`."""
-    encoded = tokenizer(
-        [list(row) for row in rows],
-        is_split_into_words=True,
-        truncation=True,
-        max_length=max_length,
-        return_overflowing_tokens=True,
-    )
-    columns: dict[str, list[Any]] = {name: encoded[name] for name in encoded if name in tokenizer.model_input_names}
-    columns |= {"row": encoded["overflow_to_sample_mapping"], "heads": [], "words": []}
-    columns["length"] = [len(ids) for ids in encoded["input_ids"]]
-    last: dict[int, int] = {}  # word of each row whose first token has been met
-    for window, row in enumerate(columns["row"]):
-        heads, words = [], []
-        for position, word in enumerate(encoded.word_ids(window)):
-            if word is not None and word > last.get(row, -1):
-                last[row] = word
-                heads.append(position)
-                words.append(word)
-        columns["heads"].append(heads)
-        columns["words"].append(words)
-    return columns
-
-
-def _words_of(row: Mapping[str, Any], column: str, index: int) -> list[tuple[str, int, int]]:
-    """(word, from, to) of a row, in characters of its text, or 0 and 0 where it comes in words."""
-    words, text = row.get(column), row.get("text")
-    if isinstance(words, Sequence) and not isinstance(words, str) and words:
-        if all(isinstance(word, str) and word.strip() for word in words):
-            return [(word, 0, 0) for word in words]
-    elif words is None and isinstance(text, str) and text.strip():
-        return [(found[0], found.start(), found.end()) for found in _WORD.finditer(text)]
-    raise DataError(
-        f"row {index} holds neither a list of words in {column!r} nor a text in 'text': {dict(row)!r:.80}. Give one."
-    )
 
 
 def _first(outputs: Any) -> Any:
