@@ -55,18 +55,25 @@ TABLES: dict[str, Callable[[Sequence[records.Record]], str]] = {
 
 def regenerate(document: str, name: str, cells: Sequence[records.Record]) -> str:
     """`document` with the table `name` between its two markers. Raises ValueError without them."""
+    head, tail = _around(document, name)
     body = f"{TABLES[name](cells)}\n\n{environments(cells)}" if cells else "Not measured yet."
-    return filled(document, name, body)
+    return f"{head}{body}{tail}"
 
 
 def filled(document: str, name: str, body: str) -> str:
     """`document` with `body` between the two markers of `name`. Raises ValueError without them."""
+    head, tail = _around(document, name)
+    return f"{head}{body}{tail}"
+
+
+def _around(document: str, name: str) -> tuple[str, str]:
+    """What stands before and behind the place of a table, markers included."""
     opening, closing = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     head, found, rest = document.partition(opening)
     _, closed, tail = rest.partition(closing)
     if not (found and closed):
         raise ValueError(f"the document has no {opening} … {closing}; put the two lines where the table goes.")
-    return f"{head}{opening}\n{body}\n{closing}{tail}"
+    return f"{head}{opening}\n", f"\n{closing}{tail}"
 
 
 def environments(cells: Sequence[records.Record]) -> str:

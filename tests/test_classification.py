@@ -321,6 +321,7 @@ def test_limits_draw_every_class_in_its_share_from_a_sorted_file(folder: Path, s
         assert np.abs(np.array(found) - share * np.array([100, 30, 9, 1])).max() <= 1
 
 
+@pytest.mark.slow
 def test_limits_draw_by_seed_and_a_larger_one_adds_rows(folder: Path) -> None:
     files = sorted_by_class(folder)
 

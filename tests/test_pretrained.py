@@ -174,6 +174,7 @@ def test_texts_longer_than_the_model_takes_are_refused_before_training(tmp_path:
         build(tmp_path / "t5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model,config,special",
     [

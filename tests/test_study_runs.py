@@ -30,6 +30,8 @@ from folders import rows, save_bert, write
 
 MODULES = {"exclude_modules": ["pooler.dense"]}
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -297,7 +299,6 @@ def start_and_order(
     return head, batches
 
 
-@pytest.mark.slow
 def test_arms_share_head_and_order_of_rows_also_where_a_method_draws_random_numbers(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,7 +318,6 @@ def test_arms_share_head_and_order_of_rows_also_where_a_method_draws_random_numb
 # killed
 
 
-@pytest.mark.slow
 def test_a_killed_study_goes_on_and_ends_as_one_that_was_not(world: Path, tmp_path: Path) -> None:
     arms = {"lora": {"method": {"name": "lora", "r": "$r"}, "learning_rates": [1e-2]}}
     file = study_file(world, tmp_path / "killed", arms=arms, seeds=[0, 1, 2])

@@ -72,7 +72,7 @@ def last_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def rewind(out: Path, step: int) -> list[tuple[int, int]]:
-    """Cut metrics.jsonl and ranks.jsonl to the first `step` steps; returns (step, cost of what lives) of allocations."""
+    """Cut metrics.jsonl and ranks.jsonl to the first `step` steps; returns (step, cost) of allocations."""
     metrics = [r for r in _records(out / METRICS) if r["step"] <= step and step and "train_runtime" not in r]
     # Allocations are numbered from 0, logs from 1.
     ranks = [r for r in _records(out / RANKS) if r["step"] < step and not r.get("forced")]
