@@ -460,7 +460,7 @@ def test_a_tiny_model_learns_its_answers(tmp_path: Path, kind: str, packing: str
         "data.evaluate_generation=true",
         "data.answer_pattern='#### (.+)'",
         "metric=exact_match",
-        "training.num_train_epochs=30",
+        "training.num_train_epochs=60",
         "training.learning_rate=2e-2",
         "training.per_device_train_batch_size=4",
     ]

@@ -150,7 +150,7 @@ def test_a_tiny_model_learns_to_copy_the_first_words(tmp_path: Path, kind: str, 
 def test_a_run_can_be_used_from_its_folder(tmp_path: Path, method: dict[str, Any]) -> None:
     save(tmp_path)
     rows, held = toy(200, 0), toy(20, 1)
-    training = {"num_train_epochs": 4, "learning_rate": 2e-2, "use_cpu": True}
+    training = {"num_train_epochs": 8, "learning_rate": 2e-2, "use_cpu": True}
     wanted = recipe(tmp_path, rows, held).model_copy(update={"method": method, "training": training})
     result = run(wanted, tmp_path / "out", Console(quiet=True))
     bare = without_data(str(tmp_path), wanted, [])
