@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -237,3 +238,50 @@ def test_fisher_scores_are_those_of_a_naive_loop() -> None:
             total.mul_(beta).add_((module.lora_E.detach().view(-1) * gradient).square(), alpha=1 - beta)
     scores = allocator._attached_to.averages.scores()
     torch.testing.assert_close(scores, torch.cat(totals) / (1 - beta**3), rtol=1e-4, atol=1e-12)
+
+
+# --- All of it together -------------------------------------------------------------------------------------
+
+EVERYTHING = {
+    "importance": "fisher",
+    "refactor": True,
+    "lora_alpha": None,
+    "init_lora_weights": "orthogonal",
+    "target_parameters": 150,
+}
+
+
+@pytest.mark.parametrize("cut", [1, 5, 14, 15, 29, 35])
+def test_a_run_with_every_improvement_resumes_bit_by_bit(cut: int) -> None:
+    def part(model: nn.Module, steps: range, state: Any = None) -> tuple[dict[str, Tensor], Any]:
+        optimizer = torch.optim.AdamW(adalora.adapter_parameters(model), lr=0.03)
+        adalora.RankAllocator(model, 40).attach(optimizer)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for step in steps:
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            (model(torch.randn(8, 5)) - torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+        return {name: value.clone() for name, value in model.state_dict().items()}, optimizer.state_dict()
+
+    whole, _ = part(adapted(**EVERYTHING), range(40))
+    weights, state = part(adapted(**EVERYTHING), range(cut))
+    again = adapted(**EVERYTHING)
+    again.load_state_dict(weights)
+    resumed, _ = part(again, range(cut, 40), copy.deepcopy(state))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_re_factorisation_in_a_run_leaves_singular_triplets_within_the_budget() -> None:
+    model = adapted(**EVERYTHING | {"tfinal": 0})
+    allocator = train(model)
+    assert allocator.spent <= 150
+    for _, module in named_adapters(model):
+        live = module.lora_keep
+        A, B = module.lora_A.detach()[live], module.lora_B.detach()[:, live]
+        torch.testing.assert_close(A @ A.T, torch.eye(len(A)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(B.T @ B, torch.eye(len(A)), rtol=0, atol=1e-5)
+        values = torch.linalg.svdvals(module.delta_weight().detach())[: len(A)] / module.scaling
+        torch.testing.assert_close(module.lora_E.detach()[live].view(-1).sort(descending=True).values, values)
