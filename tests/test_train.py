@@ -416,3 +416,21 @@ def test_a_trainer_of_ones_own_stops_by_the_same_callback(world: Path) -> None:
     signal.raise_signal(signal.SIGTERM)
     stop.on_step_end(None, SimpleNamespace(global_step=1, max_steps=2), control)
     assert stop.reason == "terminated" and control.should_training_stop
+
+
+@pytest.mark.parametrize("method", ["adalora", "lora"])
+def test_a_run_in_bf16_reloads_to_the_outputs_that_it_had(world: Path, tmp_path: Path, method: str) -> None:
+    """The Trainer leaves autocast around the trained model; the reloaded one must run in it as well."""
+    more = [LORA] if method == "lora" else []
+    lines: list[str] = []
+    result = train(
+        world,
+        tmp_path / "out",
+        "training.bf16=true",
+        "training.use_cpu=true",
+        "training.max_steps=4",
+        *more,
+        lines=lines,
+    )
+    assert (result.folder / "result.json").exists()
+    assert any("outputs differ by at most 0.0e+00" in line for line in lines)

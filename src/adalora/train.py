@@ -240,8 +240,9 @@ def reload_difference(job: _Job, folder: Path, split: str) -> float:
     batch, name = task.probe(model, split)
     device = next(model.parameters()).device
     fresh = job.method.load(task.build_model(job.path, job.recipe), folder).to(device)
-    with torch.no_grad():
-        live, read = (getattr(m.eval()(**batch), name) for m in (model, fresh))
+    # The Trainer leaves autocast around the forward of the model that it trained.
+    with torch.no_grad(), job.trainer.accelerator.autocast():
+        live, read = (getattr(m.eval()(**batch), name).float() for m in (model, fresh))
     difference = float((live - read).abs().max())
     if not difference <= 1e-3 * max(1.0, float(live.abs().max())):
         raise AdapterFileError(
