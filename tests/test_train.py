@@ -24,7 +24,7 @@ from adalora.injection import named_adapters
 from adalora.integrations.stopping import StopGracefully
 from adalora.recipe import load_recipe
 from adalora.records import ProgressLine, claimed
-from adalora.train import RunResult, run
+from adalora.train import RunResult, no_checkpoint, run
 from folders import save_world, world_settings
 
 LORA = "method={name: lora, r: 2, exclude_modules: [pooler.dense]}"
@@ -434,3 +434,11 @@ def test_a_run_in_bf16_reloads_to_the_outputs_that_it_had(world: Path, tmp_path:
     )
     assert (result.folder / "result.json").exists()
     assert any("outputs differ by at most 0.0e+00" in line for line in lines)
+
+
+def test_a_method_without_checkpoints_starts_over_also_before_it_wrote_one(tmp_path: Path) -> None:
+    said: list[str] = []
+    no_checkpoint(tmp_path, said.append)
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    no_checkpoint(tmp_path, said.append)
+    assert not (tmp_path / "checkpoints").exists() and len(said) == 2

@@ -9,6 +9,7 @@ from rich.markup import escape
 from torch import nn
 from transformers import TrainerCallback
 
+from .injection import adapter_config
 from .integrations.transformers import AdaLoraCallback
 from .methods.base import Method
 from .report import rank_report
@@ -47,7 +48,7 @@ def plan_lines(model: nn.Module, method: Method, schedule: Schedule | None, step
     report = rank_report(model)
     even = count.peak * schedule.target_budget // max(schedule.initial_budget, 1)
     triplets = sum(row.capacity for row in report.rows)
-    in_parameters = schedule.initial_budget == count.peak  # a budget in parameters starts with all of them
+    in_parameters = adapter_config(model).budget == "params"
     kept, bound = ("as many as fit", "at most") if in_parameters else (schedule.target_budget, "if spread evenly")
     reduction = schedule.freeze_step - schedule.tinit
     return [

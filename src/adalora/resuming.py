@@ -80,7 +80,8 @@ def rewind(out: Path, step: int) -> list[tuple[int, int]]:
         text = "".join(json.dumps(record) + "\n" for record in records)
         if (out / name).exists():
             write_files(out, {name: lambda path, text=text: path.write_text(text, encoding="utf-8")})  # type: ignore[misc]
-    return [(record["step"], record["spent"]) for record in ranks]
+    # Runs that began before budgets had units have triplets alone.
+    return [(record["step"], record.get("spent", sum(record["ranks"].values()))) for record in ranks]
 
 
 def _flaw(checkpoint: Path) -> str | None:

@@ -294,8 +294,7 @@ def write_record(job: _Job, result: RunResult, split: str) -> None:
 
 def no_checkpoint(out: Path, say: Callable[[str], None]) -> None:
     """For a method whose checkpoints do not hold all that it needs to go on: they are removed."""
-    for path in (out / CHECKPOINTS).iterdir():
-        shutil.rmtree(path)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # there is none before the first one was written
     say("this method cannot go on from a checkpoint: the run starts again at its first step")
 
 
