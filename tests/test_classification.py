@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, disable_progress_bars
 from transformers import EvalPrediction
 
@@ -385,6 +386,22 @@ def test_metrics_take_the_logits_of_an_encoder_and_decoder(folder: Path) -> None
     task = build_task(str(folder), recipe(folder))
     outputs = (np.array([[1.0, 0], [0, 1]]), np.zeros((2, 5, 32)))  # logits, last hidden states
     assert task.compute_metrics(EvalPrediction(outputs, np.array([0, 1])))["accuracy"] == 1.0
+
+
+def test_a_new_head_of_a_regression_starts_at_the_mean_label(folder: Path) -> None:
+    task = build_task(str(folder), recipe(folder, "data.label=score"))
+    mean = float(np.mean(task.splits["train"]["labels"]))
+    assert abs(mean) > 0.01
+    model = task.build_model(str(folder), recipe(folder))
+    assert model.classifier.bias.item() == pytest.approx(mean, rel=1e-6)
+    trained = folder.parent / "trained-regression"
+    with torch.no_grad():
+        model.classifier.bias.fill_(-7.0)
+    model.save_pretrained(trained)
+    task.processor.save_pretrained(trained)
+    assert task.build_model(str(trained), recipe(folder)).classifier.bias.item() == -7.0
+    classes = build_task(str(folder), recipe(folder))
+    assert classes.build_model(str(folder), recipe(folder)).classifier.bias.abs().max() == 0
 
 
 def test_numbers_as_labels_make_it_regression(folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from ..errors import DataError
+from ..integrations.transformers import task_head
 from ..recipe import Recipe
 from ..sections import ClassificationData
 from .data import describe_rows, load_splits, require_texts
@@ -69,7 +71,7 @@ class ClassificationTask:
         Raises ConfigError for a checkpoint that lacks weights, and for texts longer than the model can take.
         """
         names = self.labels or ["score"]
-        return load_model(
+        model = load_model(
             AutoModelForSequenceClassification,
             path,
             recipe,
@@ -79,6 +81,9 @@ class ClassificationTask:
             label2id={name: index for index, name in enumerate(names)},
             problem_type=None if self.labels else "regression",
         )
+        if not self.labels and "train" in self.splits:
+            _start_at(model, float(np.mean(self.splits["train"]["labels"])))
+        return model
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """All metrics of the task from an EvalPrediction."""
@@ -153,6 +158,20 @@ def without_data(path: str, recipe: Recipe, labels: list[str]) -> Classification
 def _section(recipe: Recipe) -> ClassificationData:
     assert isinstance(recipe.data, ClassificationData)  # by the recipe's own check
     return recipe.data
+
+
+def _start_at(model: nn.Module, mean: float) -> None:
+    """Let a new head of a regression answer `mean` on average.
+
+    From 0, all matrices first learn the offset, which is the largest part of the loss and which any change of the
+    features can serve: on STS-B the loss could stay at the variance of the labels for good.
+    """
+    head = [module for name in task_head(model) for module in model.get_submodule(name).modules()]
+    for module in head:
+        # A bias of exactly 0 is new: one that was trained has some other value.
+        if isinstance(module, nn.Linear) and module.out_features == 1 and module.bias is not None:
+            with torch.no_grad():
+                module.bias.copy_(torch.where(module.bias == 0, mean, module.bias))
 
 
 def _text_columns(data: ClassificationData) -> list[str]:
