@@ -87,6 +87,7 @@ def record(
         (changed(budgets=[0]), "budgets.0 is 0: input should be greater than 0"),
         (changed(arms={"lora": LORA, "two": {**ADALORA, "learning_rates": [1e-3, 1e-2]}}), "they have lora 3, two 2"),
         (changed(arms={"lora": {**LORA, "learning_rates": [-1.0]}}), "arms.lora.learning_rates.0 is -1.0"),
+        (changed(rate_seeds=[0, 7]), "rate_seeds holds [7], which seeds does not"),
         (changed(tasks={"a/b": {"recipe": "trec"}}), "tasks.a/b cannot be part of a folder's name"),
     ],
 )
@@ -238,6 +239,21 @@ def test_pending_runs_go_through_all_arms_before_the_second_seed() -> None:
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert [run.cell.arm for run in runs[:2]] == ["lora", "adalora"]
     assert len(Ledger(grid, [record(runs[0], 0.9, grid=grid)]).pending()) == len(runs) - 1
+
+
+def test_seeds_that_do_not_choose_the_rate_run_with_the_chosen_one_alone() -> None:
+    grid = grid_of(changed(rate_seeds=[0]))
+    cell = grid.cells[0]
+    scores = {rate: {0: score} for rate, score in zip(GRID, (0.8, 0.9, 0.7), strict=True)}
+    records = [record(Run(cell, rate, 0), found[0], grid=grid) for rate, found in scores.items()]
+    assert {run.seed for run in Ledger(grid, []).wanted(cell)} == {0}
+    assert {run.seed for run in Ledger(grid, records[:2]).wanted(cell)} == {0}
+    ledger = Ledger(grid, records)
+    assert ledger.choice(cell).settled
+    left = [run for run in ledger.missing() if run.cell == cell]
+    assert [(run.rate, run.seed) for run in left] == [(GRID[1], 1), (GRID[1], 2)]
+    better = Ledger(grid, [*records, record(Run(cell, GRID[0], 1), 0.99, grid=grid)])  # which counts for nothing
+    assert better.choice(cell).rate == GRID[1]
 
 
 def test_only_limits_the_runs_and_says_what_there_is() -> None:

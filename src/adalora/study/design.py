@@ -19,6 +19,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # names become parts of fold
 _EXAMPLES = {"tasks": "{trec: {recipe: trec}}", "arms": "{lora: {method: {name: lora, r: $r}, learning_rates: [1e-3]}}"}
 
 Rate = Annotated[float, Field(gt=0, lt=float("inf"))]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Budget = Annotated[float, Field(gt=0, lt=float("inf"))]
 
 
@@ -44,12 +45,18 @@ class StudyArm(Section):
 class Study(Section):
     """Everything that is decided before the first run."""
 
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
+    rate_seeds: list[Seed] = Field(default_factory=list, description="those that choose the learning rate; none: all")
     budgets: list[Budget] = Field(min_length=1)
     reference: str
     tasks: dict[str, StudyTask] = Field(min_length=1)
     arms: dict[str, StudyArm] = Field(min_length=1)
     max_extensions: int = Field(2, ge=0, description="steps by which a grid may grow on either side")
+
+    @property
+    def choosing(self) -> list[int]:
+        """The seeds that run with every learning rate."""
+        return self.rate_seeds or self.seeds
 
 
 def load_study(source: str) -> Study:
@@ -109,7 +116,9 @@ def _check(study: Study, source: str) -> None:
             f"{source}: every arm must begin with the same number of learning rates, or the one with more has had "
             f"more chances; they have {shown}."
         )
-    lists: dict[str, Sequence[float]] = {"seeds": study.seeds, "budgets": study.budgets}
+    if strangers := sorted(set(study.rate_seeds) - set(study.seeds)):
+        raise ConfigError(f"{source}: rate_seeds holds {strangers}, which seeds does not; it has {study.seeds}.")
+    lists: dict[str, Sequence[float]] = {"seeds": study.seeds, "rate_seeds": study.rate_seeds, "budgets": study.budgets}
     lists |= {f"arms.{name}.learning_rates": arm.learning_rates for name, arm in study.arms.items()}
     for key, values in lists.items():
         if len(set(values)) < len(values):

@@ -40,9 +40,9 @@ class Ledger:
         study = self.grid.study
         scores: dict[float, dict[int, float | None]] = {}
         for record in self.of(cell):
-            if record["seed"] in study.seeds:
+            if record["seed"] in study.choosing:
                 scores.setdefault(record["learning_rate"], {})[record["seed"]] = points(record, "validation")
-        return choose(study.arms[cell.arm].learning_rates, scores, study.seeds, study.max_extensions)
+        return choose(study.arms[cell.arm].learning_rates, scores, study.choosing, study.max_extensions)
 
     def of(self, cell: Cell) -> list[Record]:
         """All results of a cell, at any rate."""
@@ -65,7 +65,11 @@ class Ledger:
 
     def wanted(self, cell: Cell) -> list[Run]:
         """All runs of a cell that are known to be needed, done or not."""
-        return [Run(cell, rate, seed) for rate in self.choice(cell).wanted for seed in self.grid.study.seeds]
+        study, choice = self.grid.study, self.choice(cell)
+        runs = [Run(cell, rate, seed) for rate in choice.wanted for seed in study.choosing]
+        if choice.settled and choice.rate is not None:
+            runs += [Run(cell, choice.rate, seed) for seed in study.seeds if seed not in study.choosing]
+        return runs
 
     def missing(self, only: Mapping[str, set[str]] | None = None) -> list[Run]:
         """Runs still to be done as far as they are known: all arms with the first seed, then with the second, …"""

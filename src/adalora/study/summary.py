@@ -31,6 +31,7 @@ def summarize(ledger: Ledger) -> Numbers:
         "arms": list(study.arms),
         "budgets": study.budgets,
         "seeds": study.seeds,
+        "rate_seeds": study.choosing,
         "runs": {"done": done, "known": sum(len(ledger.wanted(cell)) for cell in grid.cells)},
         "cells": cells,
         "means": [_means(scores, grid, arm, budget) for budget in study.budgets for arm in study.arms],

@@ -105,9 +105,10 @@ def _rates(summary: Numbers) -> str:
     for budget in summary["budgets"]:
         for arm in summary["arms"]:
             rows.append([f"{budget:g}", arm, *(_rate(cell) for cell in _cells(summary, budget, arm))])
+    seeds = ", ".join(map(str, summary["rate_seeds"]))
     note = (
-        "The rate with the best mean validation score over the seeds. ↓ and ↑: it is the lowest or highest that was "
-        "tried, so a better one may lie beyond."
+        f"The rate with the best mean validation score; seeds that chose it: {seeds}. ↓ and ↑: it is the lowest or "
+        "highest that was tried, so a better one may lie beyond."
     )
     return f"## Learning rates\n\n{note}\n\n" + _grid(["rank", "arm", *summary["tasks"]], rows)
 
