@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks import __main__, counts, records, start, step, table, tracer
+from benchmarks import __main__, counts, records, start, step, study, table, tracer
 from benchmarks.arms import COMPACT, EVEN, FLOOR, INIT, LORA, OURS, PEFT_ADALORA, STAGES, Setting, trained
 from benchmarks.models import SHAPES, Shape
 from torch import Tensor, nn
@@ -253,3 +254,11 @@ def test_help_does_not_import_torch_and_the_record_is_json() -> None:
         [row | {"help imports torch": False}]
     )
     assert json.loads(json.dumps(records.environment())) == records.environment()
+
+
+def test_the_tables_of_a_study_follow_from_its_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "results.md"
+    shutil.copyfile(study.DOCUMENT, copy)
+    monkeypatch.setattr(study, "DOCUMENT", copy)
+    study.main(["first-cut"])
+    assert copy.read_text() == (records.RESULTS.parent.parent / "docs" / "results.md").read_text()

@@ -16,6 +16,7 @@ from adalora.study.design import Study, load_study, study_names
 from adalora.study.grid import Cell, Grid, Run, check_arms
 from adalora.study.ledger import Ledger, parse_only
 from adalora.study.outcome import final_ranks, tidy
+from adalora.study.rankmaps import rank_grid, save_ranks, uneven
 from adalora.study.results import RESULTS, append, keep_only, read_results, sole_runner
 from adalora.study.summary import summarize
 
@@ -354,3 +355,30 @@ def test_a_folder_is_left_with_records_and_a_small_adapter(tmp_path: Path) -> No
     tidy(tmp_path)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"result.json", "recipe.yaml", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+
+
+def test_rank_maps_have_a_cell_for_each_matrix_and_only_uneven_ones_are_drawn(tmp_path: Path) -> None:
+    ranks = {"bert.layer.0.q": 1.0, "bert.layer.0.k": 0.0, "bert.layer.1.q": 2.5, "pooler": 0.5}
+    kinds, layers, grid = rank_grid(ranks)
+    assert kinds == ["bert.layer.*.q", "bert.layer.*.k", "pooler"] and layers == [0, 1, None]
+    assert grid == [[1.0, 2.5, None], [0.0, None, None], [None, None, 0.5]]
+    cells = [
+        {"budget": 1, "arm": arm, "task": "trec", "ranks": found}
+        for arm, found in (("adalora", ranks), ("lora", dict.fromkeys(ranks, 1.0)), ("full", None))
+    ]
+    summary = {"cells": cells, "budgets": [1], "arms": ["lora", "adalora", "full"], "tasks": ["trec", "stsb"]}
+    assert [cell["arm"] for cell in uneven(summary)] == ["adalora"]
+    save_ranks(summary, tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranks_of_a_cell_are_the_mean_over_its_seeds() -> None:
+    grid = grid_of(DESIGN)
+    run = Run(Cell("trec", "adalora", 1), GRID[0], 0)
+    records = [
+        record(Run(run.cell, rate, seed), 0.9 - rate, grid=grid) | {"ranks": {"q": seed, "k": 2}}
+        for rate in GRID
+        for seed in (0, 1, 2)
+    ]
+    cell = next(c for c in summarize(Ledger(grid, records))["cells"] if (c["task"], c["arm"]) == ("trec", "adalora"))
+    assert cell["ranks"] == {"q": 1.0, "k": 2.0}

@@ -235,7 +235,7 @@ def test_the_command_leaves_table_summary_and_plots(
     assert "| 1 | lora | 0.1 ↑ |" in text and "| 1 | adalora | 0.003 |" in text
     (agreement,) = summary["agreement"]
     assert agreement["overlap"] == pytest.approx(3 / 4) and agreement["arm"] == "adalora"
-    for plot in ("differences.png", "scores.png"):
+    for plot in ("differences.png", "scores.png", "ranks.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
         (out / plot).unlink()
     assert shell(file, "--out", out, "--table") == text[text.index("# ") :]

@@ -53,12 +53,12 @@ def compare(
     from ..train import quiet
 
     quiet()
-    grid = _grid(sources[0], out, data)
+    grid = study_grid(sources[0], out, data)
     if dry_run:
         _print_estimate(grid, workers, only)
         return
     if table:
-        _write_tables(_ledger(grid), as_json)
+        _write_tables(study_ledger(grid), as_json)
         return
     from ..study.ledger import parse_only
     from ..study.runner import Runner
@@ -77,8 +77,8 @@ def _is_study(sources: list[str]) -> bool:
     return sources[0] in study_names()
 
 
-def _grid(source: str, out: Path, data: Path) -> Grid:
-    """Raises ConfigError for a study that cannot be meant."""
+def study_grid(source: str, out: Path, data: Path = Path()) -> Grid:
+    """A study with its folder. Raises ConfigError for one that cannot be meant."""
     from ..study.design import load_study
     from ..study.grid import Grid, check_arms
 
@@ -97,7 +97,8 @@ def _unit(recipe: Recipe) -> int:
     return sum(map(sum, shapes_of(model)[0].values()))
 
 
-def _ledger(grid: Grid) -> Ledger:
+def study_ledger(grid: Grid) -> Ledger:
+    """What its folder holds so far."""
     from ..study.ledger import Ledger
     from ..study.results import read_results
 
@@ -112,7 +113,7 @@ def _print_estimate(grid: Grid, workers: int, only: str | None) -> None:
     from .planning import run_steps
 
     check_grid(grid)
-    ledger = _ledger(grid)
+    ledger = study_ledger(grid)
     missing, study = ledger.missing(parse_only(only, grid)), grid.study
     rates = len(next(iter(study.arms.values())).learning_rates)
     sizes = (len(study.tasks), len(study.budgets), len(study.arms), rates, len(study.seeds))

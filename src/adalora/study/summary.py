@@ -74,6 +74,7 @@ def _cell(ledger: Ledger, cell: Cell) -> Numbers:
         "half_width": statistics.half_width(tests),
         "scores": tests,
         "parameters": _parameters([record["parameters"] for record in records]),
+        "ranks": _mean_ranks([record["ranks"] for record in records if record["ranks"]]),
         "steps": records[0]["steps"] if records else None,
         "seconds": statistics.mean([record["seconds"] for record in records]) if records else None,
         "metric": records[0]["metric"] if records else None,
@@ -83,6 +84,11 @@ def _cell(ledger: Ledger, cell: Cell) -> Numbers:
 def _parameters(counts: Sequence[dict[str, int]]) -> dict[str, float] | None:
     """Mean over seeds: with a budget in triplets the final count depends on which matrices they are in."""
     return {key: statistics.mean([count[key] for count in counts]) for key in counts[0]} if counts else None
+
+
+def _mean_ranks(maps: Sequence[dict[str, int]]) -> dict[str, float] | None:
+    """By matrix, over seeds; None for methods that have no ranks."""
+    return {name: statistics.mean([found[name] for found in maps]) for name in maps[0]} if maps else None
 
 
 def _means(scores: Scores, grid: Grid, arm: str, budget: float) -> Numbers:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files import write_files
 from .plots import save_differences, save_scores
+from .rankmaps import RANKS, save_ranks, uneven
 from .summary import COLLAPSED, Numbers
 
 TABLE, SUMMARY, DIFFERENCES, SCORES = "table.md", "summary.json", "differences.png", "scores.png"
@@ -25,6 +26,8 @@ def write_tables(summary: Numbers, out: Path) -> str:
         writers[SCORES] = lambda path: save_scores(summary, path)
     if any(numbers["interval"] for numbers in summary["differences"]):
         writers[DIFFERENCES] = lambda path: save_differences(summary, path)
+    if uneven(summary):
+        writers[RANKS] = lambda path: save_ranks(summary, path)
     write_files(out, writers)
     return text
 
