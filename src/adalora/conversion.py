@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .config import Start
 from .errors import InjectionError
 from .layers import SVDAdapter, SVDConv1d, SVDConv2d, SVDConv3d, SVDEmbedding, SVDLinear
-from .stepsize import INIT_STD
+from .stepsize import START_STD
 
 # Types of other packages stand by name, so that nothing is imported before such a module is met.
 _REGISTRY: dict[str, type[SVDAdapter] | str] = {
@@ -49,7 +50,8 @@ def adapter_shape(module: nn.Module) -> tuple[int, int]:
 def convert(module: nn.Module, r: int, scaling: float, dropout: float, start: Start = "gaussian") -> SVDAdapter:
     """Give `module`, in place, an increment of capacity r that is zero at first: E = 0, A and B random.
 
-    "gaussian": N(0, 0.02²). "orthogonal": orthonormal rows of A and columns of B, as far as there are dimensions.
+    "gaussian": N(0, 0.02²). "orthogonal": orthogonal rows of A and columns of B, as far as there are dimensions, with
+    entries of 0.01 in the mean square.
 
     The adapter is fp32 (fp64 on an fp64 base) on the device of the weight: importance is a product of small
     numbers, which 16 bits lose. Raises InjectionError if there is no adapter for the type.
@@ -68,7 +70,10 @@ def convert(module: nn.Module, r: int, scaling: float, dropout: float, start: St
     for name, size in (("lora_A", (r, in_)), ("lora_E", (r, 1)), ("lora_B", (out, r))):
         module.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=dtype, device=weight.device)))
     for factor in (module.lora_A, module.lora_B):
-        nn.init.orthogonal_(factor) if start == "orthogonal" and r else nn.init.normal_(factor, std=INIT_STD)
+        if start == "orthogonal" and r:
+            nn.init.orthogonal_(factor, gain=START_STD["orthogonal"] * math.sqrt(max(factor.shape)))
+        else:
+            nn.init.normal_(factor, std=START_STD["gaussian"])
     if isinstance(module, SVDEmbedding) and module.padding_idx is not None:
         with torch.no_grad():
             module.lora_A[:, module.padding_idx] = 0  # the padding row stays what it is
