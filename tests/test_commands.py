@@ -331,6 +331,10 @@ def test_a_plan_of_lora_counts_its_parameters(shell: Shell, world: Path, lora: P
 def test_a_measured_plan_says_so(shell: Shell, world: Path) -> None:
     text = shell("plan", "text-classification", *sets(world), "--measure")
     assert "measured here with random weights" in text and "at least" not in text
+    start = ("--set", "method.init_lora_weights=activation")
+    text = shell("plan", "text-classification", *sets(world), *start, "--measure")
+    assert "measured here with random weights" in text
+    assert "start      directions from the activations of 64 rows, in 5 passes" in text
 
 
 def test_a_plan_without_data_asks_for_steps(shell: Shell, world: Path) -> None:

@@ -142,6 +142,19 @@ def test_lora_and_accumulated_steps_go_on_bit_by_bit(
 
 
 @pytest.mark.slow
+def test_a_run_that_started_from_data_goes_on_bit_by_bit_without_starting_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    train(world, tmp_path / "whole", "method.init_lora_weights=gradient", lines=lines)
+    assert "  start      directions from the gradients of 64 rows, in 4 passes before the first step" in lines
+    killed(world, tmp_path / "run", 13, monkeypatch, "method.init_lora_weights=gradient")
+    train(world, tmp_path / "run", "method.init_lora_weights=gradient", resume=True, lines=(again := []))
+    assert not [line for line in again if "start  " in line]
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_a_checkpoint_at_the_end_of_an_epoch_is_as_good(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,8 @@ def adapter_shape(module: nn.Module) -> tuple[int, int]:
 def convert(module: nn.Module, r: int, scaling: float, dropout: float, start: Start = "gaussian") -> SVDAdapter:
     """Give `module`, in place, an increment of capacity r that is zero at first: E = 0, A and B random.
 
-    "gaussian": N(0, 0.02²). "orthogonal": orthonormal rows of A and columns of B, as far as there are dimensions.
+    "gaussian": N(0, 0.02²). All others: orthonormal rows of A and columns of B, as far as there are dimensions; what is
+    to come from data takes their place later (`start`).
 
     The adapter is fp32 (fp64 on an fp64 base) on the device of the weight: importance is a product of small
     numbers, which 16 bits lose. Raises InjectionError if there is no adapter for the type.
@@ -68,7 +69,7 @@ def convert(module: nn.Module, r: int, scaling: float, dropout: float, start: St
     for name, size in (("lora_A", (r, in_)), ("lora_E", (r, 1)), ("lora_B", (out, r))):
         module.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=dtype, device=weight.device)))
     for factor in (module.lora_A, module.lora_B):
-        nn.init.orthogonal_(factor) if start == "orthogonal" and r else nn.init.normal_(factor, std=INIT_STD)
+        nn.init.orthogonal_(factor) if start != "gaussian" and r else nn.init.normal_(factor, std=INIT_STD)
     if isinstance(module, SVDEmbedding) and module.padding_idx is not None:
         with torch.no_grad():
             module.lora_A[:, module.padding_idx] = 0  # the padding row stays what it is

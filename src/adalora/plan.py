@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .injection import adapter_config
+from .integrations.starting import describe_start
 from .integrations.transformers import AdaLoraCallback
 from .methods.base import Method
 from .report import rank_report
@@ -30,6 +31,9 @@ class PlanPrinter(TrainerCallback):
         allocator = self.source.allocator if self.source else None
         schedule = allocator.schedule if allocator else None
         lines = plan_lines(kwargs["model"], self.method, schedule, state.max_steps)
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        start = describe_start(adapter_config(kwargs["model"]), rows) if allocator and not state.global_step else None
+        lines += [f"start      {start}"] if start else []
         for line in [f"task       {self.task.describe()}", *lines]:
             self.console.print(f"  {escape(line)}")
 

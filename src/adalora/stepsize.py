@@ -27,4 +27,4 @@ def usual_alpha(config: AdaLoraConfig, shapes: Mapping[str, tuple[int, int]], ra
 
 def _start_norm(config: AdaLoraConfig, out: int, in_: int) -> float:
     """‖p‖‖q‖ of a triplet at the start."""
-    return 1.0 if config.init_lora_weights == "orthogonal" else INIT_STD**2 * math.sqrt(out * in_)
+    return INIT_STD**2 * math.sqrt(out * in_) if config.init_lora_weights == "gaussian" else 1.0

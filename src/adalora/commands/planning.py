@@ -69,6 +69,9 @@ def plan(
 
 def plan_facts(recipe: Recipe, labels: int, steps: int | None, measure: bool) -> dict[str, Any]:
     """All numbers of a plan, JSON-able. Raises AdaLoraError for a recipe that cannot run."""
+    from ..injection import adapter_config
+    from ..integrations.starting import describe_start
+    from ..integrations.transformers import is_adapted
     from ..methods import build_method
     from ..resolve import resolve_model
     from .skeleton import build, count_load, machine_flops, measure_step
@@ -83,6 +86,8 @@ def plan_facts(recipe: Recipe, labels: int, steps: int | None, measure: bool) ->
     facts |= _size_facts(model, method, steps)
     load = count_load(model, recipe, size)
     facts["batch"] = {"rows": size, "longest": _longest(model, recipe), "accumulated": accumulated}
+    if is_adapted(model):
+        facts["start"] = describe_start(adapter_config(model), size * accumulated)
     if isinstance(load, str):
         facts["unknown"] = f"activations and time: the model cannot run without its values ({load})"
     else:
