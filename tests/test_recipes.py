@@ -29,6 +29,7 @@ from adalora.config import AdaLoraConfig
 from adalora.injection import named_adapters
 from adalora.integrations.transformers import with_task_head
 from adalora.methods import build_method
+from adalora.presets import PAPER
 from adalora.recipe import Recipe, load_recipe, recipe_names
 from adalora.schedule import Schedule
 from adalora.sections import METRICS
@@ -144,6 +145,19 @@ def test_a_cell_of_the_paper_has_the_papers_numbers(task: str, method: str, r: i
     assert training["warmup_steps"] == warmup and training["lr_scheduler_type"] == "linear"
     assert training["max_grad_norm"] == (0.0 if task in ("xsum", "cnn-dailymail") else 1.0)
     assert recipe.seed == (6 if task in GLUE else 9)
+
+
+def test_the_papers_recipes_are_its_preset_but_for_the_numbers_that_they_name() -> None:
+    for task, method, r in cells():
+        if method == "adalora":
+            options = paper(task, method, r).method
+            named = {key: value for key, value in options.items() if key not in ("name", "preset")}
+            config = build_method(options).options()
+            assert options["preset"] == "paper"
+            assert config == AdaLoraConfig.preset("paper").to_dict() | named
+            assert {key for key in PAPER if config[key] != PAPER[key]} <= {
+                *("init_r", "target_r", "lora_alpha", "tinit", "tfinal", "deltaT", "orth_reg_weight")
+            }
 
 
 @pytest.mark.parametrize("task", GLUE)

@@ -401,6 +401,7 @@ def recipe(task: Task, method: str, r: int) -> str:
     if task.dropout is not None:
         lines += ["  config:", *_lines([("cls_dropout", task.dropout)], 4)]
     lines += ["data:", *_lines(task.data), f"metric: {task.metric}", "method:", f"  name: {method}"]
+    lines += ["  preset: paper"] if method == "adalora" else []
     modules = (task.modules, "all scripts")
     if method == "adalora":
         values = [

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from .checks import check_int, check_pattern, check_real
 from .errors import ConfigError
+from .presets import resolved
 from .schedule import Schedule
 
 Bias = Literal["none", "all", "lora_only"]
@@ -147,9 +148,14 @@ class AdaLoraConfig:
         return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
+    def preset(cls, name: str, **fields: Any) -> AdaLoraConfig:
+        """A whole method by name, `fields` on top: "paper" is the authors', whatever the defaults are (`presets`)."""
+        return cls.from_dict(fields | {"preset": name})
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdaLoraConfig:
-        """Build from plain types. Raises ConfigError for a key that is no field, and says which was meant."""
-        fields = [field.name for field in dataclasses.fields(cls)]
+        """Build from plain types, on top of a `preset` if named. Raises ConfigError for a key that is no field."""
+        fields, values = [field.name for field in dataclasses.fields(cls)], resolved(values)
         for key in values:
             if key not in fields:
                 near = difflib.get_close_matches(str(key), fields, n=1)
