@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from rich.console import Console
 
 from adalora import cli
 from adalora.errors import ConfigError
-from adalora.recipe import load_recipe
+from adalora.recipe import load_recipe, load_yaml
 from adalora.study import runner
 from adalora.study.design import load_study
 from adalora.study.grid import Grid
 from adalora.study.ledger import Ledger, parse_only
+from adalora.study.outcome import finished_record
 from adalora.study.results import RESULTS, read_results
 from adalora.study.runner import Runner, environment
 from adalora.train import run
@@ -220,6 +222,28 @@ def test_a_run_has_the_threads_that_it_was_given(
         for r in read_results(grid.out)
     ]
     assert {(seed, result["environment"]["threads"]) for seed, result in results} == {(0, "6"), (1, "1")}
+
+
+def test_two_passes_are_a_study_of_runs_that_start_from_runs(world: Path, tmp_path: Path) -> None:
+    """As docs/compare.md has it, on a tiny model: the second pass is a LoRA with the ranks that the first one found."""
+    text = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
+    [values] = [load_yaml(t) for t in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "two-pass" in t]
+    arms = {name: arm | {"learning_rates": [1e-2]} for name, arm in values["arms"].items() if name != "lora"}
+    file = study_file(world, tmp_path / "s", arms=arms, seeds=[0], reference="adalora", budgets=[2])
+    grid = Grid(load_study(str(file)), file.parent / "out", world, lambda recipe: 13 * 32, str(file))
+    ledger = Ledger(grid, [])
+    for _ in range(2):
+        [one] = ledger.pending()
+        sources = ledger.sources(one)
+        assert sources is not None
+        folder = grid.out / "runs" / one.id
+        run(grid.placed(one, sources), folder, Console(quiet=True))
+        ledger.add(finished_record(one, grid.digest(one, sources), folder, 1.0))
+    first, second = ledger.records.values()
+    found = json.loads((grid.out / "runs" / second["id"] / "adapter" / "adapter_config.json").read_text())
+    ranks = {name: rank for name, rank in first["ranks"].items() if rank}
+    assert {name: found["rank_pattern"].get(f"^{name}", found["r"]) for name in ranks} == ranks
+    assert len(found["target_modules"]) == len(ranks)
 
 
 # the command
