@@ -167,6 +167,8 @@ def test_glue_has_its_lengths_and_runs_for_the_authors_steps(task: str) -> None:
     for recipe in (paper(task, "adalora", 8), paper(task, "adalora", 1), paper(task, "lora", 2)):
         assert recipe.data.max_length == length  # type: ignore[attr-defined]
         assert recipe.training["weight_decay"] == decay
+        # The authors' Trainer decays A, B and E with everything else; ours would not.
+        assert recipe.training.get("decay_adapter", False) is (decay > 0)
         assert recipe.model.config == {"cls_dropout": dropout}
         assert (recipe.data.name, recipe.data.config) == ("nyu-mll/glue", task)
         assert recipe.metric == GLUE_METRICS.get(task, "accuracy")

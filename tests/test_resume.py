@@ -155,6 +155,18 @@ def test_a_run_that_started_from_data_goes_on_bit_by_bit_without_starting_again(
 
 
 @pytest.mark.slow
+def test_a_run_from_before_adapters_were_left_undecayed_says_how_to_go_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(world, tmp_path / "run", 8, monkeypatch, weight_decay=0.1, decay_adapter=True)
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("  decay_adapter: true\n", ""))
+    with pytest.raises(ConfigError, match=r"training\.decay_adapter is False, .* began with True"):
+        train(world, tmp_path / "run", resume=True, weight_decay=0.1)
+    assert train(world, tmp_path / "run", resume=True, weight_decay=0.1, decay_adapter=True).steps == 24
+
+
+@pytest.mark.slow
 def test_a_checkpoint_at_the_end_of_an_epoch_is_as_good(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

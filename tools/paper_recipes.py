@@ -430,6 +430,7 @@ def recipe(task: Task, method: str, r: int) -> str:
             ("lr_scheduler_type", ("linear", "all scripts")),
             ("warmup_steps", task.warmup),
             ("weight_decay", task.decay),
+            *([("decay_adapter", ("true", "the authors' Trainer decays all matrices"))] if task.decay[0] else []),
             ("max_grad_norm", task.clip),
         ]
     )
