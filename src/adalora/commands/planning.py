@@ -183,6 +183,7 @@ def _training(recipe: Recipe) -> dict[str, Any]:
 
 def _size_facts(model: Any, method: Any, steps: int | None) -> dict[str, Any]:
     """Sizes, memory and schedule of a prepared model, by method."""
+    from ..importance import kept_numbers
     from ..injection import adapter_config, base_size
     from ..methods.adalora import AdaLora
     from .sizes import FP32, adapter_sizes, memory
@@ -193,7 +194,7 @@ def _size_facts(model: Any, method: Any, steps: int | None) -> dict[str, Any]:
         count = method.count(model)
         numbers = {"peak": count.peak, "final": count.final, "head": count.head}
         size = FP32 * (count.final + count.head)
-        return {"parameters": numbers, "file_bytes": size, "memory": memory(frozen, count.peak, count.head, False)}
+        return {"parameters": numbers, "file_bytes": size, "memory": memory(frozen, count.peak, count.head, 0)}
     config, (shapes, whole) = adapter_config(model), shapes_of(model)
     sizes = adapter_sizes(shapes, config, whole, base_size(model))
     numbers = {key: getattr(sizes, key) for key in ("peak", "final", "least", "most", "unit", "head")}
@@ -203,7 +204,7 @@ def _size_facts(model: Any, method: Any, steps: int | None) -> dict[str, Any]:
         "unit": sizes.budget.unit,
         "parameters": numbers,
         "file_bytes": sizes.file_bytes,
-        "memory": memory(frozen, sizes.peak, sizes.head, True),
+        "memory": memory(frozen, sizes.peak, sizes.head, kept_numbers(config.importance, sizes.initial, sizes.peak)),
         "schedule": schedule_facts(config, sizes, steps) if steps else None,
         "phases": {"tinit": config.tinit, "tfinal": config.tfinal, "deltaT": config.deltaT},
     }
