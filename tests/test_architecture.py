@@ -18,7 +18,7 @@ SOURCE = Path(adalora.__file__).parent
 # another as long as no circle arises.
 CORE = (
     {"errors", "functional", "allocation", "verdicts", "sketch"},
-    {"schedule", "layers", "files", "checks"},
+    {"schedule", "layers", "files", "checks", "presets"},
     {"config", "optimizers", "masking", "runstate"},
     {"stepsize"},
     {"conversion"},
@@ -26,7 +26,7 @@ CORE = (
     {"budget", "fisher", "basis"},
     {"refactoring"},
     {"averages", "injection", "reading"},
-    {"regularizer", "report", "stored", "merging", "start"},
+    {"regularizer", "report", "stored", "merging", "start", "grouping"},
     {"attachment", "checkpoint"},
     {"allocator"},
     {"export"},
@@ -165,6 +165,7 @@ def test_public_names_are_exactly_these() -> None:
         "merge",
         "merged",
         "orthogonality_penalty",
+        "parameter_groups",
         "rank_report",
         "save_adapter",
         "unmerge",

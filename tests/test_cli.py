@@ -18,7 +18,20 @@ from adalora.recipe import recipe_names
 from folders import rows, save_bert, write
 
 COMMANDS = (
-    *("plan", "train", "demo", "recipes", "config", "evaluate", "predict", "export", "merge", "push", "inspect"),
+    *(
+        "plan",
+        "train",
+        "demo",
+        "recipes",
+        "config",
+        "evaluate",
+        "predict",
+        "export",
+        "merge",
+        "squeeze",
+        "push",
+        "inspect",
+    ),
     *("report", "compare"),
 )
 

@@ -310,6 +310,25 @@ def test_bounds_of_the_final_size_are_met_by_filling_cheap_or_dear_matrices() ->
     assert sizes.unit == 7 + 70
 
 
+@pytest.mark.parametrize("importance", ["sensitivity*uncertainty", "sensitivity", "fisher", "magnitude"])
+def test_the_planned_averages_are_those_that_the_allocator_keeps(importance: str, shell: Shell, world: Path) -> None:
+    """To the byte, counted from the optimizer's state of a run in its reduction phase."""
+    model = AutoModelForSequenceClassification.from_pretrained(world / "bert", num_labels=2)
+    chosen: Any = {"importance": importance, "exclude_modules": ["pooler.dense"], "init_r": 4, "target_r": 2}
+    adalora.inject(model, AdaLoraConfig(**chosen, modules_to_save=["classifier"]))
+    optimizer = torch.optim.AdamW(adalora.adapter_parameters(model))
+    adalora.RankAllocator(model, total_step=100).attach(optimizer)
+    for _ in range(12):
+        model(**{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([0, 1])}).loss.backward()
+        optimizer.step()
+    held = [v for state in optimizer.state.values() for key, v in state.items() if key.startswith("adalora_")]
+    kept = sum(value.numel() * value.element_size() for value in held)
+    sections = [item for key, value in chosen.items() for item in ("--set", f"method.{key}={json.dumps(value)}")]
+    plan = json.loads(shell("plan", "text-classification", *sets(world), *sections, "--json"))
+    assert plan["memory"].get("importance averages", 0) == kept
+    assert (kept == 0) == (importance == "magnitude")
+
+
 def test_a_sweep_is_a_table_with_a_line_for_each_rank(shell: Shell, world: Path) -> None:
     by_commas = shell("plan", world / "bert", "--target-r", "1,2,4,8")
     assert by_commas == shell(
@@ -331,6 +350,10 @@ def test_a_plan_of_lora_counts_its_parameters(shell: Shell, world: Path, lora: P
 def test_a_measured_plan_says_so(shell: Shell, world: Path) -> None:
     text = shell("plan", "text-classification", *sets(world), "--measure")
     assert "measured here with random weights" in text and "at least" not in text
+    start = ("--set", "method.init_lora_weights=activation")
+    text = shell("plan", "text-classification", *sets(world), *start, "--measure")
+    assert "measured here with random weights" in text
+    assert "start      directions from the activations of 64 rows, in 5 passes" in text
 
 
 def test_a_plan_without_data_asks_for_steps(shell: Shell, world: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from torch import nn
 
 import adalora
+from adalora import presets
 from adalora.errors import ConfigError
 from adalora.injection import named_adapters
+from adalora.methods.adalora import AdaLora
+from adalora.reading import read_adapter
 
 Config = adalora.AdaLoraConfig
 
@@ -176,6 +180,61 @@ def test_an_unknown_key_is_refused_with_the_one_that_was_meant(key: str, hint: s
 
 def test_scaling_is_alpha_over_the_initial_rank_as_in_stored_adapters() -> None:
     assert Config(lora_alpha=32, init_r=12).scaling == 32 / 12.00001
+
+
+# --- Presets ------------------------------------------------------------------------------------------------
+
+# The authors' method. This table is not the library's: a default that changes must not change it.
+PAPER: dict[str, Any] = {
+    "init_r": 12, "target_r": 8, "min_rank": 0, "max_rank": None, "budget": "triplets", "target_parameters": None,
+    "cost_exponent": 0.5, "lora_alpha": 16.0, "lora_dropout": 0.0, "init_lora_weights": "gaussian", "refactor": False,
+    "tinit": 0.1, "tfinal": 0.4, "deltaT": 0.005, "beta1": 0.85, "beta2": 0.85,
+    "importance": "sensitivity*uncertainty", "orth_reg_weight": 0.1, "orth_reg_form": "norm",
+}  # fmt: skip
+# Which modules train, and how long, are the user's.
+FREE = {
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias",
+    "total_step",
+}  # fmt: skip
+
+
+def test_the_papers_preset_writes_out_every_field_of_the_method() -> None:
+    preset = Config.preset("paper").to_dict()
+    assert {name: value for name, value in preset.items() if name not in FREE} == PAPER
+    assert set(preset) == set(PAPER) | FREE  # a new field must be given its value in the paper here
+    assert set(presets.PAPER) == set(PAPER)  # written out, not left to a default
+
+
+def test_explicit_fields_win_over_the_preset_and_what_is_stored_is_resolved(tmp_path: Path) -> None:
+    given = {
+        "target_modules": ["0"],
+        "orth_reg_weight": 0.3,
+        "tinit": 600,
+        "tfinal": 1800,
+        "init_lora_weights": "orthogonal",
+    }
+    config = Config.preset("paper", **given)
+    assert config.to_dict() == Config(**given).to_dict() | PAPER | given
+    assert Config.from_dict({**given, "preset": "paper"}) == config
+    method = AdaLora({**given, "preset": "paper"})
+    assert method.config == config and method.options() == config.to_dict()
+    model = adalora.inject(nn.Sequential(nn.Linear(20, 20)), dataclasses.replace(config, init_r=3, target_r=3))
+    adalora.save_adapter(model, tmp_path / "a", warn=False)
+    stored = read_adapter(tmp_path / "a").config.to_dict()
+    assert stored == config.to_dict() | {"init_r": 3, "target_r": 3}  # fields, no name of a preset
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"preset": "papre"}, "preset is 'papre'; choose one of paper"),
+        ({"preset": ["paper"]}, r"preset is \['paper'\]"),
+        ({"preset": "paper", "targetr": 1}, "no field 'targetr'. Did you mean 'target_r'"),
+    ],
+)
+def test_a_preset_that_does_not_exist_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Config.from_dict(values)
 
 
 # --- No dead field ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 import adalora
+import tiny
 from adalora.errors import InjectionError
 from adalora.injection import adapter_config, named_adapters, training_progress
 
@@ -219,3 +220,27 @@ def test_eject_freezes_all_and_leaves_no_hook() -> None:
     model = adalora.eject(adalora.inject(nn.Sequential(nn.Linear(3, 2)), config))
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert len(model._load_state_dict_post_hooks) == 0
+
+
+def test_groups_hold_everything_once_and_decay_matrices_of_the_head_alone() -> None:
+    model = adalora.inject(
+        tiny.net(), adalora.AdaLoraConfig(target_modules=["linear", "conv"], modules_to_save=["head"], bias="lora_only")
+    )
+    own, decayed = adalora.parameter_groups(model, weight_decay=0.3)
+    assert (own["weight_decay"], decayed["weight_decay"]) == (0.0, 0.3)
+    assert [id(p) for p in decayed["params"]] == [id(model.head.weight)]
+    everything = [id(p) for group in (own, decayed) for p in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in adalora.adapter_parameters(model))
+    before = [p.detach().clone() for p in own["params"]], model.head.weight.detach().clone()
+    optimizer = torch.optim.AdamW([own, decayed], lr=0.1)
+    adalora.RankAllocator(model, total_step=10).attach(optimizer)
+    for parameter in adalora.adapter_parameters(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(model.head.weight, before[1] * (1 - 0.1 * 0.3))
+    # What is left is the regularizer, whose gradient Λ does not have.
+    assert all(
+        torch.equal(p, b) for p, b in zip(own["params"], before[0], strict=True) if p.shape[1:] == (1,) or p.dim() < 2
+    )
+    plain = adalora.inject(tiny.net(), adalora.AdaLoraConfig(target_modules=["linear"]))
+    assert [group["weight_decay"] for group in adalora.parameter_groups(plain)] == [0.0]

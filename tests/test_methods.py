@@ -14,8 +14,8 @@ from torch import nn
 from adalora.errors import AdaLoraError, AdapterFileError, ConfigError, InjectionError
 from adalora.methods import build_method
 from adalora.reading import read_adapter
-from adalora.recipe import load_recipe
-from adalora.train import RunResult, run
+from adalora.recipe import Recipe, load_recipe
+from adalora.train import RunResult, _prepare, run
 from folders import rows, save_bert, write
 from tiny import TOKENS, bert, gpt2, peft_warnings
 
@@ -57,7 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(world: Path, out: Path, method: str, *more: str, resume: bool = False) -> RunResult:
+def recipe_of(world: Path, method: str, *more: str) -> Recipe:
     settings = [
         f"model.name_or_path={world / 'bert'}",
         f"data.train={world / 'train.jsonl'}",
@@ -67,8 +67,12 @@ def train(world: Path, out: Path, method: str, *more: str, resume: bool = False)
         f"method={method}",
         *more,
     ]
+    return load_recipe("text-classification", settings)
+
+
+def train(world: Path, out: Path, method: str, *more: str, resume: bool = False) -> RunResult:
     with peft_warnings():
-        return run(load_recipe("text-classification", settings), out, Console(quiet=True), resume)
+        return run(recipe_of(world, method, *more), out, Console(quiet=True), resume)
 
 
 @pytest.fixture(scope="session")
@@ -190,6 +194,27 @@ def test_the_resolved_recipe_builds_an_equal_method_that_loads_the_folder(
         found, wanted = (getattr(m.eval()(**batch), key) for m in (model, result.model))
     assert float((found - wanted).abs().max()) < 1e-4
     assert trained_names(model) == set()
+
+
+@pytest.mark.parametrize("name", [*METHODS, "adalora"])
+def test_weight_decay_is_for_the_head_and_the_base_and_not_for_what_a_method_adds(
+    name: str, world: Path, tmp_path: Path
+) -> None:
+    """In all methods alike, unless the recipe says otherwise."""
+    method = METHODS.get(name, f"{{name: adalora, init_r: 3, target_r: 2, {ONLY}}}")
+    for decay in (False, True):
+        more = ["training.weight_decay=0.1", *(["training.decay_adapter=true"] if decay else [])]
+        with peft_warnings():
+            job = _prepare(recipe_of(world, method, *more), tmp_path / str(decay), Console(quiet=True), False)
+        trained = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
+        rates = {id(p): g["weight_decay"] for g in job.trainer.optimizer.param_groups for p in g["params"]}
+        assert rates.keys() == {id(p) for p in trained.values()}
+        added, count = {id(p) for p in job.method.added(job.model)}, job.method.count(job.model)
+        size = sum(p.numel() for p in trained.values() if id(p) in added)
+        assert size == (0 if name in ("full", "bitfit") else count.peak)
+        for key, parameter in trained.items():
+            usual = 0.0 if parameter.dim() < 2 else 0.1
+            assert rates[id(parameter)] == (usual if decay or id(parameter) not in added else 0.0), key
 
 
 @pytest.mark.parametrize("name", ["prune-lora", "squeeze-lora", "peft-adalora"])

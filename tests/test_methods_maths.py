@@ -19,7 +19,8 @@ from adalora.methods.cutting import cut_, lora_pairs
 from adalora.methods.penalty import add_gradients_
 from adalora.methods.prune_lora import DoubletPruner
 from adalora.methods.ranks import permuted, spread
-from adalora.methods.squeeze_lora import Squeezer, singular, squeezed
+from adalora.methods.squeeze_lora import Squeezer
+from adalora.methods.squeezing import singular, squeezed
 from adalora.regularizer import penalty
 from adalora.schedule import Schedule
 from tiny import TOKENS, adapted, bert, pair, peft_warnings

@@ -1,4 +1,7 @@
-"""Parity with PEFT's AdaLoRA: the same weights, losses and steps give the same parameters and masks."""
+"""Parity with PEFT's AdaLoRA: the same weights, losses and steps give the same parameters and masks.
+
+Ours is the preset "paper", so that these tests are about the paper's method whatever the defaults are.
+"""
 
 import copy
 import warnings
@@ -68,7 +71,8 @@ def run_both(
 ) -> list[int]:
     """Train both, compare after every step, and return the live triplets after each."""
     theirs = with_peft(copy.deepcopy(base), targets, **settings)
-    ours = adalora.inject(base, adalora.AdaLoraConfig(target_modules=targets, **SETTINGS | settings))
+    config = adalora.AdaLoraConfig.preset("paper", target_modules=targets, **SETTINGS | settings)
+    ours = adalora.inject(base, config)
     copy_weights(ours, theirs)
     extra = [p for p in theirs.parameters() if p.requires_grad]
     their_optimizer = torch.optim.AdamW(extra, lr=0.01, weight_decay=0.01)

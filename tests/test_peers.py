@@ -373,6 +373,7 @@ def test_A7_a_trainer_in_two_processes_meets_the_budget(two_processes: list[dict
         assert report["calls of an overridden zero_grad"] == 0  # the way of ms-swift: DDP never calls it
         assert report["trainer"] == {"step": STEPS, "live": TARGET, "nonzero": TARGET}
     assert two_processes[0]["trainer ranks"] == two_processes[1]["trainer ranks"]
+    assert two_processes[0]["started from"] == two_processes[1]["started from"]  # the same directions from data
 
 
 @pytest.mark.slow
@@ -406,7 +407,14 @@ def worker(folder: Path) -> None:
 
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    config = adalora.AdaLoraConfig(**SCHEDULE, target_modules=["query", "key", "value", "attention.output.dense"])
+    targets = ["query", "key", "value", "attention.output.dense"]
+    config = adalora.AdaLoraConfig(**SCHEDULE, target_modules=targets, init_lora_weights="gradient")
+    started: list[float] = []
+
+    class Started(transformers.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            factors = [f for _, m in named_adapters(kwargs["model"]) for f in (m.lora_A, m.lora_B)]
+            started.extend(torch.cat([factor.detach().flatten() for factor in factors]).tolist())
 
     class Counting(transformers.BertForSequenceClassification):
         calls = 0
@@ -419,11 +427,13 @@ def worker(folder: Path) -> None:
     model = Counting(tiny_bert().config)
     run = hf_trainer(model, folder, AdaLoraCallback(config), ddp_backend="gloo")
     before = Counting.calls
+    run.add_callback(Started())
     run.train()
     [callback] = [c for c in run.callback_handler.callbacks if isinstance(c, AdaLoraCallback)]
     report: dict[str, Any] = {
         "calls of an overridden zero_grad": Counting.calls - before,
         "trainer": _counts(callback.allocator, model),
+        "started from": started,
         "trainer ranks": adalora.rank_report(model).ranks,
         "theirs wrapped": _message(lambda: _ddp(theirs()).update_and_allocate(0)),
     }

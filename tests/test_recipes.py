@@ -29,6 +29,7 @@ from adalora.config import AdaLoraConfig
 from adalora.injection import named_adapters
 from adalora.integrations.transformers import with_task_head
 from adalora.methods import build_method
+from adalora.presets import PAPER
 from adalora.recipe import Recipe, load_recipe, recipe_names
 from adalora.schedule import Schedule
 from adalora.sections import METRICS
@@ -146,6 +147,19 @@ def test_a_cell_of_the_paper_has_the_papers_numbers(task: str, method: str, r: i
     assert recipe.seed == (6 if task in GLUE else 9)
 
 
+def test_the_papers_recipes_are_its_preset_but_for_the_numbers_that_they_name() -> None:
+    for task, method, r in cells():
+        if method == "adalora":
+            options = paper(task, method, r).method
+            named = {key: value for key, value in options.items() if key not in ("name", "preset")}
+            config = build_method(options).options()
+            assert options["preset"] == "paper"
+            assert config == AdaLoraConfig.preset("paper").to_dict() | named
+            assert {key for key in PAPER if config[key] != PAPER[key]} <= {
+                *("init_r", "target_r", "lora_alpha", "tinit", "tfinal", "deltaT", "orth_reg_weight")
+            }
+
+
 @pytest.mark.parametrize("task", GLUE)
 def test_glue_has_its_lengths_and_runs_for_the_authors_steps(task: str) -> None:
     examples, epochs, batch, *_, length, decay, dropout, steps = GLUE[task]
@@ -153,6 +167,8 @@ def test_glue_has_its_lengths_and_runs_for_the_authors_steps(task: str) -> None:
     for recipe in (paper(task, "adalora", 8), paper(task, "adalora", 1), paper(task, "lora", 2)):
         assert recipe.data.max_length == length  # type: ignore[attr-defined]
         assert recipe.training["weight_decay"] == decay
+        # The authors' Trainer decays A, B and E with everything else; ours would not.
+        assert recipe.training.get("decay_adapter", False) is (decay > 0)
         assert recipe.model.config == {"cls_dropout": dropout}
         assert (recipe.data.name, recipe.data.config) == ("nyu-mll/glue", task)
         assert recipe.metric == GLUE_METRICS.get(task, "accuracy")

@@ -142,6 +142,31 @@ def test_lora_and_accumulated_steps_go_on_bit_by_bit(
 
 
 @pytest.mark.slow
+def test_a_run_that_started_from_data_goes_on_bit_by_bit_without_starting_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    train(world, tmp_path / "whole", "method.init_lora_weights=gradient", lines=lines)
+    assert "  start      directions from the gradients of 64 rows, in 4 passes before the first step" in lines
+    killed(world, tmp_path / "run", 13, monkeypatch, "method.init_lora_weights=gradient")
+    train(world, tmp_path / "run", "method.init_lora_weights=gradient", resume=True, lines=(again := []))
+    assert not [line for line in again if "start  " in line]
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_from_before_adapters_were_left_undecayed_says_how_to_go_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(world, tmp_path / "run", 8, monkeypatch, weight_decay=0.1, decay_adapter=True)
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("  decay_adapter: true\n", ""))
+    with pytest.raises(ConfigError, match=r"training\.decay_adapter is False, .* began with True"):
+        train(world, tmp_path / "run", resume=True, weight_decay=0.1)
+    assert train(world, tmp_path / "run", resume=True, weight_decay=0.1, decay_adapter=True).steps == 24
+
+
+@pytest.mark.slow
 def test_a_checkpoint_at_the_end_of_an_epoch_is_as_good(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

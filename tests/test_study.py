@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from safetensors.torch import save_file
 
 from adalora.errors import AdaLoraError, AdapterFileError, ConfigError
+from adalora.recipe import load_yaml
 from adalora.study.choice import choose, extension
 from adalora.study.design import Study, load_study, study_names
 from adalora.study.grid import Cell, Grid, Run, check_arms
@@ -18,7 +20,10 @@ from adalora.study.ledger import Ledger, parse_only
 from adalora.study.outcome import final_ranks, tidy
 from adalora.study.rankmaps import rank_grid, save_ranks, uneven
 from adalora.study.results import RESULTS, append, keep_only, read_results, sole_runner
+from adalora.study.statistics import smallest_sufficient
 from adalora.study.summary import summarize
+from adalora.study.tables import table
+from adalora.train import check
 
 UNIT = 1000  # sum of (in + out) of the made-up model
 GRID = [1e-3, 3e-3, 1e-2]
@@ -228,6 +233,70 @@ def test_shuffled_test_scores_change_no_choice() -> None:
     assert [before.choice(cell) for cell in grid.cells] == [after.choice(cell) for cell in grid.cells]
     assert [run.id for run in before.missing()] == [run.id for run in after.missing()]
     assert summarize(before)["differences"] != summarize(after)["differences"]
+
+
+def documented() -> list[dict[str, Any]]:
+    """The studies in docs/compare.md."""
+    text = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
+    return [load_yaml(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+
+
+@pytest.mark.parametrize("values", documented(), ids=lambda values: "-".join(values["arms"]))
+def test_the_documented_studies_hold(values: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    study = load_study(str(file))
+    check_arms(study, "study.yaml")
+    grid = Grid(study, tmp_path / "out", tmp_path, lambda recipe: 100_000, "study.yaml")
+    for cell in grid.cells:
+        check(grid.placed(grid.first(cell), {}), tmp_path / "out")
+
+
+def test_three_studies_are_two_passes_squeezing_and_a_budget_of_itself() -> None:
+    arms = [set(values["arms"]) for values in documented()]
+    assert arms[1:] == [{"lora", "adalora", "two-pass"}, {"lora", "squeezed"}, {"adalora"}]
+    assert len(documented()[-1]["budgets"]) > 1
+
+
+# the automatic budget
+
+
+def test_the_smallest_budget_within_one_standard_error_of_the_best_is_chosen() -> None:
+    best = [80.0, 82.0, 84.0]  # 82 ± 1.155
+    assert smallest_sufficient({1: [80.8, 80.8, 80.9], 2: [80.9, 80.9, 80.9], 4: best}) == 2  # 80.83 is too little
+    assert smallest_sufficient({1: [79.0, 81.0, 82.0], 2: [81.0, 82.0, 80.5], 4: best}) == 2
+    assert smallest_sufficient({1: best, 2: [79.0, 79.0, 79.0], 4: best}) == 1  # of equal ones, too
+    assert smallest_sufficient({4: [70.0, 70.0], 1: [70.0, 70.0], 2: [69.0, 69.9]}) == 1  # no error at all
+    assert smallest_sufficient({2: [70.0, 71.0]}) == 2
+    assert smallest_sufficient({1: [90.0], 2: best}) is None and smallest_sufficient({}) is None
+
+
+def test_the_automatic_budget_is_by_validation_scores_and_needs_all_tasks_of_a_seed() -> None:
+    grid = grid_of(DESIGN)
+
+    def records(arm: str, low: list[float], high: list[float]) -> list[dict[str, Any]]:
+        return [
+            record(Run(Cell(task, arm, budget), rate, seed), scores[seed] - 0.1 * (rate != 3e-3), 0.9 / budget, grid)
+            for budget, scores in ((1.0, low), (2.0, high))
+            for task in DESIGN["tasks"]
+            for rate in GRID
+            for seed in range(len(scores))
+        ]
+
+    done = records("lora", [0.70, 0.71, 0.72], [0.70, 0.72, 0.74]) + records("adalora", [0.60] * 3, [0.70, 0.71, 0.72])
+    lora, adalora = summarize(Ledger(grid, done))["sufficient"]
+    # Test scores would choose 1 both times.
+    assert (lora["budget"], adalora["budget"]) == (1, 2)
+    assert lora["test"] == pytest.approx(90.0) and adalora["test"] == pytest.approx(45.0)
+    assert lora["budgets"][1]["mean"] == pytest.approx(72.0)
+    assert lora["budgets"][1]["error"] == pytest.approx(2 / 3**0.5)
+    text = table(summarize(Ledger(grid, done)))
+    assert "## Automatic budget" in text and "| lora | 71.00 ± 0.58 | 72.00 ± 1.15 | 1 | 90.00 |" in text
+    half = [r for r in done if not (r["arm"] == "lora" and r["task"] == "stsb" and r["seed"] > 0)]
+    lora, _ = summarize(Ledger(grid, half))["sufficient"]
+    assert lora["budget"] is None and lora["budgets"][0]["seeds"] == 1
+    one = grid_of(DESIGN | {"budgets": [1]})
+    assert "Automatic budget" not in table(summarize(Ledger(one, [])))
 
 
 # what is to be done

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from rich.console import Console
 
 from adalora import cli
 from adalora.errors import ConfigError
-from adalora.recipe import load_recipe
+from adalora.recipe import load_recipe, load_yaml
 from adalora.study import runner
 from adalora.study.design import load_study
 from adalora.study.grid import Grid
 from adalora.study.ledger import Ledger, parse_only
+from adalora.study.outcome import finished_record
 from adalora.study.results import RESULTS, read_results
 from adalora.study.runner import Runner, environment
 from adalora.train import run
@@ -77,7 +79,7 @@ def make_grid(world: Path, file: Path) -> Grid:
 
 # Stands for the training: a score that is best at 3e-3 for adalora, and grows up to 1e-1 for lora.
 STAND_IN = """
-    import json, math, pathlib, sys, yaml
+    import json, math, os, pathlib, sys, yaml
     recipe, folder = yaml.safe_load(open(sys.argv[1])), pathlib.Path(sys.argv[2])
     rate, seed, name = float(recipe["training"]["learning_rate"]), recipe["seed"], recipe["method"]["name"]
     if (pathlib.Path(sys.argv[1]).parent.parent / f"break-{seed}").exists():
@@ -94,7 +96,8 @@ STAND_IN = """
     (folder / "ranks.jsonl").write_text(json.dumps(ranks) + "\\n") if name == "adalora" else None
     result = {"metric": "accuracy", "validation": {"accuracy": score}, "scores": {"accuracy": score - 0.01},
               "split": "test", "parameters": {"peak": 2, "final": 1, "head": 1}, "steps": 4, "train_seconds": 0.1,
-              "complete": True, "stopped": None, "environment": {"device": "cpu"}}
+              "complete": True, "stopped": None,
+              "environment": {"device": "cpu", "threads": os.environ["OMP_NUM_THREADS"]}}
     (folder / "result.json").write_text(json.dumps(result))
 """
 
@@ -108,9 +111,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
 
 
-def do(grid: Grid, workers: int = 2, only: str | None = None, **options: Any) -> tuple[Ledger, list[str]]:
+def do(
+    grid: Grid, workers: int = 2, only: str | None = None, threads: int | None = None, **options: Any
+) -> tuple[Ledger, list[str]]:
     lines: list[str] = []
-    return Runner(grid, workers, lines.append, parse_only(only, grid)).run(**options), lines
+    return Runner(grid, workers, lines.append, parse_only(only, grid), threads).run(**options), lines
 
 
 def ids(grid: Grid) -> list[str]:
@@ -196,11 +201,49 @@ def test_cores_are_shared_out_and_gpus_taken_in_turn(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(runner, "_cores", lambda: set(range(6)))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert environment(0, 2)["OMP_NUM_THREADS"] == "3" and environment(0, 9)["OMP_NUM_THREADS"] == "1"
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    assert {environment(0, 1, 2)[name] for name in names} == {"2"}
     assert "CUDA_VISIBLE_DEVICES" not in environment(0, 2) or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     assert [environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "7", "4"]
+
+
+def test_a_run_has_the_threads_that_it_was_given(
+    world: Path, tmp_path: Path, stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = make_grid(world, study_file(world, tmp_path / "s"))
+    monkeypatch.setattr(runner, "_cores", lambda: set(range(6)))
+    do(grid, 1, "arm=adalora,seed=0")
+    do(grid, 2, "arm=adalora,seed=1", threads=1)
+    results = [
+        (r["seed"], json.loads((grid.out / "runs" / r["id"] / "result.json").read_text()))
+        for r in read_results(grid.out)
+    ]
+    assert {(seed, result["environment"]["threads"]) for seed, result in results} == {(0, "6"), (1, "1")}
+
+
+def test_two_passes_are_a_study_of_runs_that_start_from_runs(world: Path, tmp_path: Path) -> None:
+    """As docs/compare.md has it, on a tiny model: the second pass is a LoRA with the ranks that the first one found."""
+    text = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
+    [values] = [load_yaml(t) for t in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "two-pass" in t]
+    arms = {name: arm | {"learning_rates": [1e-2]} for name, arm in values["arms"].items() if name != "lora"}
+    file = study_file(world, tmp_path / "s", arms=arms, seeds=[0], reference="adalora", budgets=[2])
+    grid = Grid(load_study(str(file)), file.parent / "out", world, lambda recipe: 13 * 32, str(file))
+    ledger = Ledger(grid, [])
+    for _ in range(2):
+        [one] = ledger.pending()
+        sources = ledger.sources(one)
+        assert sources is not None
+        folder = grid.out / "runs" / one.id
+        run(grid.placed(one, sources), folder, Console(quiet=True))
+        ledger.add(finished_record(one, grid.digest(one, sources), folder, 1.0))
+    first, second = ledger.records.values()
+    found = json.loads((grid.out / "runs" / second["id"] / "adapter" / "adapter_config.json").read_text())
+    ranks = {name: rank for name, rank in first["ranks"].items() if rank}
+    assert {name: found["rank_pattern"].get(f"^{name}", found["r"]) for name in ranks} == ranks
+    assert len(found["target_modules"]) == len(ranks)
 
 
 # the command

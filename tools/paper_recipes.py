@@ -401,6 +401,7 @@ def recipe(task: Task, method: str, r: int) -> str:
     if task.dropout is not None:
         lines += ["  config:", *_lines([("cls_dropout", task.dropout)], 4)]
     lines += ["data:", *_lines(task.data), f"metric: {task.metric}", "method:", f"  name: {method}"]
+    lines += ["  preset: paper"] if method == "adalora" else []
     modules = (task.modules, "all scripts")
     if method == "adalora":
         values = [
@@ -429,6 +430,7 @@ def recipe(task: Task, method: str, r: int) -> str:
             ("lr_scheduler_type", ("linear", "all scripts")),
             ("warmup_steps", task.warmup),
             ("weight_decay", task.decay),
+            *([("decay_adapter", ("true", "the authors' Trainer decays all matrices"))] if task.decay[0] else []),
             ("max_grad_norm", task.clip),
         ]
     )

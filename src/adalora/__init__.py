@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .config import AdaLoraConfig
     from .errors import AdaLoraError, AdaLoraWarning
     from .export import export_lora, export_merged
+    from .grouping import parameter_groups
     from .injection import adapter_parameters, eject, inject
     from .merging import disabled, merge, merged, unmerge
     from .regularizer import orthogonality_penalty
@@ -32,6 +33,7 @@ _HOME = {
     "merge": "merging",
     "merged": "merging",
     "orthogonality_penalty": "regularizer",
+    "parameter_groups": "grouping",
     "rank_report": "report",
     "save_adapter": "checkpoint",
     "unmerge": "merging",
@@ -52,6 +54,7 @@ __all__ = [
     "merge",
     "merged",
     "orthogonality_penalty",
+    "parameter_groups",
     "rank_report",
     "save_adapter",
     "unmerge",

@@ -71,7 +71,7 @@ class RankAllocator:
         check_membership(optimizer, self.modules)
         claim(optimizer, self)
         self.detach()
-        self._attachment = Attachment(optimizer, self.modules, self.config, self.schedule.window)
+        self._attachment = Attachment(optimizer, self.root, self.modules, self.schedule.window)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),

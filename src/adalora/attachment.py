@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from .averages import SENSITIVITY, UNCERTAINTY, Averages
 from .compaction import compact_
-from .config import AdaLoraConfig
 from .errors import TrainingError
 from .fisher import SQUARES, WEIGHT, FisherAverages
+from .injection import adapter_config, require_start
 from .layers import SVDAdapter
 from .masking import mask_, set_pattern_
 from .optimizers import (
@@ -65,15 +65,14 @@ def claim(optimizer: Optimizer, driver: Driver) -> None:
 class Attachment:
     """Made by `RankAllocator.attach`. `averages` and `run` are the importance and the state of the run so far.
 
-    `window`: steps that a Fisher score looks back.
+    `root` was injected, `modules` are its adapters. `window`: steps that a Fisher score looks back.
     """
 
     averages: Averages | FisherAverages
 
-    def __init__(
-        self, optimizer: Optimizer, modules: Mapping[str, SVDAdapter], config: AdaLoraConfig, window: int
-    ) -> None:
-        self.optimizer, self._modules, self._config, self._window = optimizer, modules, config, window
+    def __init__(self, optimizer: Optimizer, root: nn.Module, modules: Mapping[str, SVDAdapter], window: int) -> None:
+        self.optimizer, self._root, self._modules, self._window = optimizer, root, modules, window
+        self._config = adapter_config(root)
         self.run = RunState(optimizer)
         self.restore()
 
@@ -99,6 +98,7 @@ class Attachment:
 
     def before_step(self, args: Any, kwargs: Any) -> Any:
         """Check that the modules still are what was attached, and add the regularizer's gradient."""
+        require_start(self._root)
         if self._compacted and not self.run.frozen:
             raise TrainingError(
                 "the adapter was compacted, but the optimizer is at the start of a run; load the optimizer's state "

@@ -15,6 +15,7 @@ from .commands.planning import PLAN_EPILOG, plan
 from .commands.pushing import PUSH_EPILOG, push
 from .commands.recipes import CHECK_EPILOG, COPY_EPILOG, RECIPES_EPILOG, check, copy, recipes
 from .commands.reporting import REPORT_EPILOG, report
+from .commands.squeezing import SQUEEZE_EPILOG, squeeze
 from .commands.training import DEMO_EPILOG, TRAIN_EPILOG, demo, train
 from .commands.using import EVALUATE_EPILOG, PREDICT_EPILOG, evaluate, predict
 from .errors import AdaLoraError
@@ -41,6 +42,7 @@ for _command, _epilog, _panel, _short in (
     (predict, PREDICT_EPILOG, _USING, "Answer texts, a file or standard input."),
     (export, EXPORT_EPILOG, _USING, "Write plain LoRA, a whole model, or PEFT's AdaLoRA."),
     (merge, MERGE_EPILOG, _USING, "Write a whole model."),
+    (squeeze, SQUEEZE_EPILOG, _USING, "Cut any LoRA to a budget."),
     (push, PUSH_EPILOG, _USING, "Upload a run to the hub."),
     (inspect, INSPECT_EPILOG, _RUNS, "Ranks and totals of an adapter, ours or PEFT's."),
     (report, REPORT_EPILOG, _RUNS, "Write a run's HTML page anew."),

@@ -15,13 +15,14 @@ from typing import Any, Literal, get_args
 
 from .checks import check_int, check_pattern, check_real
 from .errors import ConfigError
+from .presets import resolved
 from .schedule import Schedule
 
 Bias = Literal["none", "all", "lora_only"]
 OrthForm = Literal["norm", "squared"]
 Importance = Literal["sensitivity*uncertainty", "sensitivity", "magnitude", "fisher"]
 Unit = Literal["triplets", "params"]
-Start = Literal["gaussian", "orthogonal"]
+Start = Literal["gaussian", "lora", "orthogonal", "gradient", "activation"]
 
 _CHOICES = {
     "bias": Bias,
@@ -57,7 +58,8 @@ class AdaLoraConfig:
         lora_alpha, lora_dropout: the increment is scaled by lora_alpha / (init_r + 1e-5) for life, as in the
             authors' code; rescaling by the current rank was tried by them and hurt. None lets `inject` choose
             the number with which LoRA's usual learning rates serve (`stepsize`).
-        init_lora_weights: "gaussian", N(0, 0.02²) as in the authors' code, or "orthogonal".
+        init_lora_weights: "gaussian", N(0, 0.02²) as in the authors' code; "lora", as LoRA begins; "orthogonal"; or from
+            data, "gradient" or "activation", which a Trainer finds itself; for other loops see `start`.
         refactor: after each allocation make P and Q orthonormal and Λ the singular values, exactly (`refactoring`).
     Schedule: int = optimizer steps, float in [0, 1) = fraction of the run
         tinit: warm-up with the full budget. tfinal: how long the final pattern trains at the end.
@@ -146,9 +148,14 @@ class AdaLoraConfig:
         return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
+    def preset(cls, name: str, **fields: Any) -> AdaLoraConfig:
+        """A whole method by name, `fields` on top: "paper" is the authors', whatever the defaults are (`presets`)."""
+        return cls.from_dict(fields | {"preset": name})
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdaLoraConfig:
-        """Build from plain types. Raises ConfigError for a key that is no field, and says which was meant."""
-        fields = [field.name for field in dataclasses.fields(cls)]
+        """Build from plain types, on top of a `preset` if named. Raises ConfigError for a key that is no field."""
+        fields, values = [field.name for field in dataclasses.fields(cls)], resolved(values)
         for key in values:
             if key not in fields:
                 near = difflib.get_close_matches(str(key), fields, n=1)

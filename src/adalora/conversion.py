@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from .config import Start
 from .errors import InjectionError
 from .layers import SVDAdapter, SVDConv1d, SVDConv2d, SVDConv3d, SVDEmbedding, SVDLinear
-from .stepsize import START_STD
+from .stepsize import INIT_STD
 
 # Types of other packages stand by name, so that nothing is imported before such a module is met.
 _REGISTRY: dict[str, type[SVDAdapter] | str] = {
@@ -48,10 +47,11 @@ def adapter_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def convert(module: nn.Module, r: int, scaling: float, dropout: float, start: Start = "gaussian") -> SVDAdapter:
-    """Give `module`, in place, an increment of capacity r that is zero at first: E = 0, A and B random.
+    """Give `module`, in place, an increment of capacity r that is zero at first.
 
-    "gaussian": N(0, 0.02²). "orthogonal": orthogonal rows of A and columns of B, as far as there are dimensions, with
-    entries of 0.01 in the mean square.
+    "lora": B = 0, E = 1, A as LoRA's, so that training begins as LoRA's. With all others E = 0, A and B random.
+    "gaussian": N(0, 0.02²). The rest: orthonormal rows of A and columns of B, as far as there are dimensions; what is
+    to come from data takes their place later (`start`).
 
     The adapter is fp32 (fp64 on an fp64 base) on the device of the weight: importance is a product of small
     numbers, which 16 bits lose. Raises InjectionError if there is no adapter for the type.
@@ -69,11 +69,12 @@ def convert(module: nn.Module, r: int, scaling: float, dropout: float, start: St
     module.register_buffer("lora_keep", torch.ones(r, dtype=torch.bool, device=weight.device), persistent=False)
     for name, size in (("lora_A", (r, in_)), ("lora_E", (r, 1)), ("lora_B", (out, r))):
         module.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=dtype, device=weight.device)))
-    for factor in (module.lora_A, module.lora_B):
-        if start == "orthogonal" and r:
-            nn.init.orthogonal_(factor, gain=START_STD["orthogonal"] * math.sqrt(max(factor.shape)))
-        else:
-            nn.init.normal_(factor, std=START_STD["gaussian"])
+    if start == "lora":
+        nn.init.ones_(module.lora_E)
+        nn.init.uniform_(module.lora_A, -(in_**-0.5), in_**-0.5)
+    else:
+        for factor in (module.lora_A, module.lora_B):
+            nn.init.orthogonal_(factor) if start != "gaussian" and r else nn.init.normal_(factor, std=INIT_STD)
     if isinstance(module, SVDEmbedding) and module.padding_idx is not None:
         with torch.no_grad():
             module.lora_A[:, module.padding_idx] = 0  # the padding row stays what it is

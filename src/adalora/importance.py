@@ -61,3 +61,8 @@ def update_fisher_(squares: Tensor, weight: Tensor, product: Tensor, beta: float
 def magnitude_scores(E: Tensor) -> Tensor:
     """|λ| of lora_E (r, 1), shape (r,): the paper's baseline without gradients."""
     return E.detach().abs().view(-1)
+
+
+def kept_numbers(kind: Importance, triplets: int, parameters: int) -> int:
+    """How many numbers a score keeps between steps for so many triplets, which are so many parameters in A, E and B."""
+    return {"fisher": 2 * triplets, "magnitude": 0}.get(kind, 2 * parameters)

@@ -22,6 +22,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _CONFIG = "adalora_config"  # where an adapted model remembers its configuration
 _PROGRESS = "adalora_progress"  # and how far training got
+_PENDING = "adalora_start_pending"  # and, until it is made, that its configuration asks for a start from data
 
 
 class Progress(NamedTuple):
@@ -65,6 +66,8 @@ def inject(model: M, config: AdaLoraConfig | None = None) -> M:
         )
     install(model, config, ranks)
     record_progress(model, Progress(0, config.total_step))
+    if config.init_lora_weights in ("gradient", "activation"):
+        setattr(model, _PENDING, config.init_lora_weights)
     return model
 
 
@@ -107,6 +110,7 @@ def eject(model: M) -> M:
         restore(module)
     delattr(root, _CONFIG)
     delattr(root, _PROGRESS)
+    start_made(root)
     return model
 
 
@@ -162,6 +166,7 @@ def _follow_loaded_ranks(model: nn.Module, keys: Any) -> None:
     modules = dict(named_adapters(model))
     if any(f"{name}.lora_E" in keys.missing_keys for name in modules):
         return
+    start_made(model)
     trained = any(bool(module.lora_E.any()) for module in modules.values())
     for module in modules.values():
         live = module.lora_E.detach().view(-1) != 0
@@ -215,3 +220,27 @@ def training_progress(model: nn.Module) -> Progress:
     progress = getattr(adapter_root(model), _PROGRESS)
     assert isinstance(progress, Progress)
     return progress
+
+
+def pending_start(root: nn.Module) -> str | None:
+    """ "gradient" or "activation" if the directions of an adapted model are still to be taken from data."""
+    kind: str | None = vars(root).get(_PENDING)
+    return kind
+
+
+def start_made(root: nn.Module, kind: str | None = None) -> None:
+    """Note that its directions are those to train from, if it was this kind that it waited for."""
+    if kind in (None, pending_start(root)):
+        vars(root).pop(_PENDING, None)
+
+
+def require_start(root: nn.Module) -> None:
+    """Raise TrainingError if the configuration asks for a start from data that was not made."""
+    kind = pending_start(root)
+    if kind is not None:
+        call = f"adalora.start.{kind}_start_(model, batches, {'loss_of' if kind == 'gradient' else 'forward'})"
+        raise TrainingError(
+            f"init_lora_weights={kind!r} asks for directions from data, and the adapter still has random ones. Call "
+            f"{call} with a few batches before the first step (in a transformers Trainer AdaLoraCallback does it), or "
+            "choose init_lora_weights='orthogonal'."
+        )

@@ -35,8 +35,9 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "train_sampling_strategy": "group_by_length",
     "report_to": "none",
+    "decay_adapter": False,
 }
-PATIENCE = "early_stopping_patience"  # our own key in section training
+PATIENCE, DECAY = _OWN = "early_stopping_patience", "decay_adapter"  # our own keys in section training
 _REFUSED = {
     "push_to_hub": "a run stays on this machine; upload its folder afterwards with `hf upload`",
     "resume_from_checkpoint": "a run finds its checkpoint itself; use --resume",
@@ -131,7 +132,7 @@ def _kind_of(task: type[Task]) -> type[TrainingArguments]:
 def _arguments(
     kind: type[TrainingArguments], section: Mapping[str, Any], recipe: Recipe, out: Path
 ) -> TrainingArguments:
-    names = [PATIENCE, *(field.name for field in dataclasses.fields(kind))]
+    names = [*_OWN, *(field.name for field in dataclasses.fields(kind))]
     own = {"output_dir": str(out / "checkpoints"), "seed": recipe.seed, "disable_tqdm": True}
     for key, value in section.items():
         if key not in names:
@@ -140,13 +141,15 @@ def _arguments(
             raise ConfigError(f"'training.{key}' is set by the run itself; use --out and the recipe's own seed.")
         if key in _REFUSED and value:
             raise ConfigError(f"'training.{key}' is {value!r}, but {_REFUSED[key]}.")
-        if key != PATIENCE:
+        if key not in _OWN:
             _check_value(kind, key, value)
     _check_patience(section)
+    if not isinstance(section.get(DECAY, False), bool):
+        raise ConfigError(f"'training.{DECAY}' is {section[DECAY]!r}; it must be true or false.")
     _check_loggers(section.get("report_to"))
     # Of this machine and folder, so not of the resolved recipe.
     here = {"dataloader_pin_memory": torch.cuda.is_available(), "run_name": out.name}
-    options = {key: value for key, value in section.items() if key != PATIENCE}
+    options = {key: value for key, value in section.items() if key not in _OWN}
     try:
         return kind(**(here | options | own))
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

@@ -18,6 +18,7 @@ from .files import write_files
 from .integrations.transformers import CHECKPOINT_PREFIX
 from .recipe import Recipe, load_recipe
 from .records import BEGUN, CHECKPOINTS, FAILED, METRICS, RANKS, RESULT, locked
+from .resolve import DECAY
 
 _FREE = {"max_minutes"}  # keys of a recipe that may differ in a resumed run
 
@@ -47,6 +48,8 @@ def resumed(out: Path) -> Iterator[None]:
 def require_same(recipe: Recipe, out: Path) -> None:
     """Raise ConfigError unless `recipe`, fully resolved, is the one that the run in `out` began with."""
     before, now = _flat(load_recipe(str(out / BEGUN)).model_dump()), _flat(recipe.model_dump())
+    # Runs that began before there was this key decayed everything alike.
+    before.setdefault(f"training.{DECAY}", bool(before.get("training.weight_decay")) or now[f"training.{DECAY}"])
     for key in sorted(before | now):
         if before.get(key) != now.get(key) and key not in _FREE:
             raise ConfigError(

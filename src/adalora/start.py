@@ -4,6 +4,10 @@ With G (out, in) the mean weight gradient of an adapted layer, P ← -U_r and Q 
 Then ∂L/∂λ_i = -s·σ_i(G), the steepest that r orthonormal pairs allow, where a random pair has about
 s·‖G‖_F / √(out·in); the sign lets descent make λ positive, which singular values are.
 
+`init_lora_weights="gradient"` or `"activation"` asks for one of them. In a Trainer `AdaLoraCallback` makes it; in other
+loops call it between `inject` and the first step, which is refused without it. With the other choices either may be
+called, and need not be.
+
 G is sketched, never formed (`sketch`). One pass over the batches would do with a sketch of either side and a
 pseudo-inverse between them, at a larger error; batches are few and run once in a training, so passes are cheap.
 """
@@ -20,7 +24,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .basis import thin_qr
 from .errors import TrainingError
-from .injection import adapter_root, named_adapters
+from .injection import adapter_root, named_adapters, start_made
 from .layers import SVDAdapter, SVDDense
 from .sketch import Listener, Sketch, listening, undisturbed
 
@@ -63,6 +67,7 @@ def gradient_start_(
         _pass_over(held, visit, begin, dense, sketches, listeners)
     found = {name: sketch.triplets() for name, sketch in sketches.items()}
     _place_(modules, {name: (-U, V, _counts(values, dense[name])) for name, (U, values, V) in found.items()})
+    start_made(adapter_root(model), "gradient")
     return {name: _prior(values, dense[name]) for name, (_, values, _) in found.items()}
 
 
@@ -100,6 +105,7 @@ def activation_start_(
     found = {name: sketch.triplets() for name, sketch in sketches.items()}
     turned = {name: scales[name][1].unsqueeze(1) * V for name, (_, _, V) in found.items()}
     _place_(modules, {n: (None, turned[n], _counts(values, dense[n])) for n, (_, values, _) in found.items()})
+    start_made(adapter_root(model), "activation")
     return {name: _prior(values, dense[name]) for name, (_, values, _) in found.items()}
 
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,15 @@ from .plan import PlanPrinter
 from .recipe import Recipe
 from .records import CHECKPOINTS, RESULT, ProgressLine, RunRecorder, claimed, explained, loggers_last
 from .report import RankReport, rank_report
-from .resolve import PATIENCE, check_training, resolve_model, resolve_recipe, resolve_training, training_arguments
+from .resolve import (
+    DECAY,
+    PATIENCE,
+    check_training,
+    resolve_model,
+    resolve_recipe,
+    resolve_training,
+    training_arguments,
+)
 from .resuming import last_checkpoint, require_same, resumed, rewind
 from .tasks.base import Task, build_task
 
@@ -134,7 +142,8 @@ def _prepare(recipe: Recipe, out: Path, console: Console, resume: bool) -> _Job:
     best = [BestWithinBudget(source), *([patience] if patience else [])]
     plan = PlanPrinter(console, method, source, task)
     callbacks = [*method.callbacks(), plan, *best, SameOrder(), line, stop, recorder]
-    trainer = build_trainer(model, arguments, task, callbacks)
+    undecayed = [] if recipe.training[DECAY] or not arguments.weight_decay else method.added(model)
+    trainer = build_trainer(model, arguments, task, callbacks, undecayed)
     return _Job(
         recipe,
         out,
@@ -203,9 +212,16 @@ def quiet() -> None:
 
 
 def build_trainer(
-    model: nn.Module, arguments: TrainingArguments, task: Task, callbacks: list[TrainerCallback]
+    model: nn.Module,
+    arguments: TrainingArguments,
+    task: Task,
+    callbacks: list[TrainerCallback],
+    undecayed: Sequence[nn.Parameter] = (),
 ) -> Trainer:
-    """The task's Trainer, silent but for our own line. Raises ConfigError for arguments that it refuses."""
+    """The task's Trainer, silent but for our own line, whose weight decay leaves the parameters `undecayed` out.
+
+    Raises ConfigError for arguments that it refuses.
+    """
     try:
         trainer = task.trainer_type(
             model=model,
@@ -217,6 +233,8 @@ def build_trainer(
             callbacks=callbacks,
             **task.trainer_options,
         )
+        if undecayed:
+            _leave_out(trainer, undecayed)
         trainer.create_optimizer()  # train() would, but there nobody knows whose mistake an error is
     except AdaLoraError:
         raise
@@ -225,6 +243,17 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     loggers_last(trainer)
     return trainer
+
+
+def _leave_out(trainer: Trainer, undecayed: Sequence[nn.Parameter]) -> None:
+    """Put these into the Trainer's group without weight decay, where biases and norms are."""
+    usual, own = trainer.get_decay_parameter_names, {id(parameter) for parameter in undecayed}
+
+    def names(model: nn.Module) -> list[str]:
+        known = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+        return [name for name in usual(model) if name not in known]
+
+    trainer.get_decay_parameter_names = names
 
 
 def save(job: _Job, folder: Path) -> None:

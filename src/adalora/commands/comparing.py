@@ -30,6 +30,9 @@ def compare(
     ],
     out: Annotated[Path | None, typer.Option(help="The study's folder; an earlier one there goes on.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each run; its share of the cores if not given.")
+    ] = None,
     data: Annotated[Path, typer.Option(help="Folder that the recipes' files are relative to.")] = Path(),
     only: Annotated[str | None, typer.Option(metavar="KEY=VALUE,…", help="Some runs: task, arm, budget, seed.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, count the runs, train nothing.")] = False,
@@ -43,7 +46,7 @@ def compare(
     validation scores, test scores are reported, with intervals and tests. Killed, the same command goes on.
     """
     if not _is_study(sources):
-        if out or only or dry_run or table or retry_failed:
+        if out or threads or only or dry_run or table or retry_failed:
             raise ConfigError("these sources are finished runs; --out, --only and the like are for a study file.")
         rows = [run_row(folder) for source in sources for folder in _folders(Path(source))]
         print_json(rows) if as_json else _print(rows)
@@ -63,7 +66,8 @@ def compare(
     from ..study.ledger import parse_only
     from ..study.runner import Runner
 
-    _write_tables(Runner(grid, workers, typer.echo, parse_only(only, grid)).run(retry_failed), as_json)
+    runner = Runner(grid, workers, typer.echo, parse_only(only, grid), threads)
+    _write_tables(runner.run(retry_failed), as_json)
 
 
 def _is_study(sources: list[str]) -> bool:

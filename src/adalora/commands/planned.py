@@ -38,6 +38,7 @@ def print_plan(facts: dict[str, Any]) -> None:
     else:
         lines += [f"parameters {numbers['final']:,} in adapters, {numbers['head']:,} in the head"]
     lines += [f"file       {facts['file_bytes']:,} bytes ({_bytes(facts['file_bytes'])})", *_memory_lines(facts)]
+    lines += [f"start      {facts['start']}"] if facts.get("start") else []
     lines += [*_schedule_lines(facts), *_time_lines(facts)]
     console = open_console()
     for line in lines:

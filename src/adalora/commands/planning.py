@@ -69,6 +69,9 @@ def plan(
 
 def plan_facts(recipe: Recipe, labels: int, steps: int | None, measure: bool) -> dict[str, Any]:
     """All numbers of a plan, JSON-able. Raises AdaLoraError for a recipe that cannot run."""
+    from ..injection import adapter_config
+    from ..integrations.starting import describe_start
+    from ..integrations.transformers import is_adapted
     from ..methods import build_method
     from ..resolve import resolve_model
     from .skeleton import build, count_load, machine_flops, measure_step
@@ -83,6 +86,8 @@ def plan_facts(recipe: Recipe, labels: int, steps: int | None, measure: bool) ->
     facts |= _size_facts(model, method, steps)
     load = count_load(model, recipe, size)
     facts["batch"] = {"rows": size, "longest": _longest(model, recipe), "accumulated": accumulated}
+    if is_adapted(model):
+        facts["start"] = describe_start(adapter_config(model), size * accumulated)
     if isinstance(load, str):
         facts["unknown"] = f"activations and time: the model cannot run without its values ({load})"
     else:
@@ -178,6 +183,7 @@ def _training(recipe: Recipe) -> dict[str, Any]:
 
 def _size_facts(model: Any, method: Any, steps: int | None) -> dict[str, Any]:
     """Sizes, memory and schedule of a prepared model, by method."""
+    from ..importance import kept_numbers
     from ..injection import adapter_config, base_size
     from ..methods.adalora import AdaLora
     from .sizes import FP32, adapter_sizes, memory
@@ -188,7 +194,7 @@ def _size_facts(model: Any, method: Any, steps: int | None) -> dict[str, Any]:
         count = method.count(model)
         numbers = {"peak": count.peak, "final": count.final, "head": count.head}
         size = FP32 * (count.final + count.head)
-        return {"parameters": numbers, "file_bytes": size, "memory": memory(frozen, count.peak, count.head, False)}
+        return {"parameters": numbers, "file_bytes": size, "memory": memory(frozen, count.peak, count.head, 0)}
     config, (shapes, whole) = adapter_config(model), shapes_of(model)
     sizes = adapter_sizes(shapes, config, whole, base_size(model))
     numbers = {key: getattr(sizes, key) for key in ("peak", "final", "least", "most", "unit", "head")}
@@ -198,7 +204,7 @@ def _size_facts(model: Any, method: Any, steps: int | None) -> dict[str, Any]:
         "unit": sizes.budget.unit,
         "parameters": numbers,
         "file_bytes": sizes.file_bytes,
-        "memory": memory(frozen, sizes.peak, sizes.head, True),
+        "memory": memory(frozen, sizes.peak, sizes.head, kept_numbers(config.importance, sizes.initial, sizes.peak)),
         "schedule": schedule_facts(config, sizes, steps) if steps else None,
         "phases": {"tinit": config.tinit, "tfinal": config.tfinal, "deltaT": config.deltaT},
     }

@@ -86,11 +86,14 @@ def file_bytes(
     return 8 + -(-length // 8) * 8 + end
 
 
-def memory(frozen: int, peak: int, head: int, averages: bool) -> dict[str, int]:
-    """Bytes by purpose: `frozen` of the base, and of what trains its weights, gradients, AdamW's moments, averages."""
+def memory(frozen: int, peak: int, head: int, averages: int) -> dict[str, int]:
+    """Bytes by purpose: `frozen` of the base, and of what trains its weights, gradients, AdamW's moments.
+
+    `averages` are the numbers that importance keeps (`importance.kept_numbers`).
+    """
     trained = FP32 * (peak + head)
     parts = {"base weights": frozen, "adapter and head": trained, "gradients": trained, "optimizer": 2 * trained}
-    return parts | ({"importance averages": 2 * FP32 * peak} if averages else {})
+    return parts | ({"importance averages": FP32 * averages} if averages else {})
 
 
 def _factors(rank: int, out: int, in_: int) -> dict[str, tuple[int, int]]:

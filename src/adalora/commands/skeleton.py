@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import ConfigError
-from ..injection import adapter_config, named_adapters, trained_biases
+from ..injection import adapter_config, adapter_root, named_adapters, start_made, trained_biases
 from ..methods.base import Method
 from ..recipe import Recipe
 from ..targets import saved_modules
@@ -180,6 +180,7 @@ def measure_step(path: str, recipe: Recipe, method: Method, labels: int, size: i
     model = method.prepare(build(path, recipe, labels, device)).to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     if is_adapted(model):
+        start_made(adapter_root(model))  # directions make no difference to time
         RankAllocator(model, total_step=1000).attach(optimizer)
     batch = batch_of(model, recipe, size, device)
     started = 0.0

@@ -28,6 +28,7 @@ from ..injection import adapter_config, adapter_root, inject, named_adapters, tr
 from ..merging import merge, unmerge
 from ..regularizer import orthogonality_penalty
 from ..targets import saved_modules
+from .starting import start_from_rows_
 
 logger = logging.getLogger("adalora")
 
@@ -43,9 +44,10 @@ class AdaLoraCallback(TrainerCallback):
     """`Trainer(..., callbacks=[AdaLoraCallback(config)])` trains with AdaLoRA; nothing else changes.
 
     The model may be adapted already; if not, it is adapted with `config`, whose `modules_to_save` default to
-    the model's task head. The run's length comes from the Trainer. When training ends, also early, the budget
-    is met. The logs gain adalora/budget, adalora/phase and adalora/orthogonality. `compact` frees pruned triplets
-    as soon as the pattern is final. `allocator` is the RankAllocator once training has begun.
+    the model's task head. The run's length comes from the Trainer, and so do the rows of a start from data, once,
+    before the first step (`starting`). When training ends, also early, the budget is met. The logs gain
+    adalora/budget, adalora/phase and adalora/orthogonality. `compact` frees pruned triplets as soon as the pattern is
+    final. `allocator` is the RankAllocator once training has begun.
     """
 
     def __init__(self, config: AdaLoraConfig | None = None, *, compact: bool = False) -> None:
@@ -84,6 +86,8 @@ class AdaLoraCallback(TrainerCallback):
         # final stays, though: whoever trains on has spent the budget already.
         if state.global_step == 0 and not allocator.frozen:
             allocator.restart()
+        if state.global_step == 0:
+            start_from_rows_(model, kwargs.get("train_dataloader"), args, state.train_batch_size)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add what the method did to the training logs."""

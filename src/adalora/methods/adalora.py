@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from ..checkpoint import load_adapter, save_adapter
 from ..config import AdaLoraConfig
+from ..grouping import factors
 from ..injection import adapter_parameters, inject
 from ..integrations.transformers import AdaLoraCallback, save_adapter_only, with_task_head
 from ..report import rank_report
@@ -35,6 +36,10 @@ class AdaLora:
     def callbacks(self) -> list[TrainerCallback]:
         """The one that runs the rank allocator."""
         return [self.callback]
+
+    def added(self, model: nn.Module) -> list[nn.Parameter]:
+        """A, E and B."""
+        return factors(model)
 
     def count(self, model: nn.Module) -> ParameterCount:
         """`final` counts live triplets, `peak` all that were allocated."""

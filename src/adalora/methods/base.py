@@ -32,6 +32,9 @@ class Method(Protocol):
     def callbacks(self) -> list[TrainerCallback]:
         """What the Trainer needs to run the method."""
 
+    def added(self, model: nn.Module) -> list[nn.Parameter]:
+        """What trains in a prepared model and is no weight of the base or of the head; weight decay leaves it out."""
+
     def count(self, model: nn.Module) -> ParameterCount:
         """Parameters of a prepared or trained model."""
 

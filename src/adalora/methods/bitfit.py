@@ -40,6 +40,10 @@ class BitFit:
         """None."""
         return []
 
+    def added(self, model: nn.Module) -> list[nn.Parameter]:
+        """Nothing: biases of the base model train."""
+        return []
+
     def count(self, model: nn.Module) -> ParameterCount:
         """The size never changes."""
         own, head = trained_count(model, self._heads(model))

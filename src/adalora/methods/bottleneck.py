@@ -95,6 +95,10 @@ class BottleneckMethod:
         """None."""
         return []
 
+    def added(self, model: nn.Module) -> list[nn.Parameter]:
+        """The bottlenecks."""
+        return [p for m in model.modules() if isinstance(m, Bottleneck) for p in m.parameters()]
+
     def count(self, model: nn.Module) -> ParameterCount:
         """The size never changes."""
         own, head = trained_count(model, self._heads(model))

@@ -34,6 +34,10 @@ class Full:
         """None."""
         return []
 
+    def added(self, model: nn.Module) -> list[nn.Parameter]:
+        """Nothing: weights of the base model train."""
+        return []
+
     def count(self, model: nn.Module) -> ParameterCount:
         """The size never changes."""
         own, head = trained_count(model, head_modules(model))

@@ -48,6 +48,10 @@ class Lora:
         """None: LoRA does nothing while training."""
         return []
 
+    def added(self, model: nn.Module) -> list[nn.Parameter]:
+        """A and B."""
+        return list(lora_parameters(model).values())
+
     def count(self, model: nn.Module) -> ParameterCount:
         """LoRA's size never changes."""
         adapter, head = lora_count(model)
@@ -114,12 +118,20 @@ def rank_fields(ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
     }
 
 
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains of the adapter of a PeftModel, by name."""
+    return {name: parameter for name, parameter in _trained(model).items() if ".lora_" in name}
+
+
 def lora_count(model: nn.Module) -> tuple[int, int]:
     """Trained parameters of a PeftModel: of its adapter, and of its head."""
+    adapter = sum(parameter.numel() for parameter in lora_parameters(model).values())
+    return adapter, sum(parameter.numel() for parameter in _trained(model).values()) - adapter
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     # Of a model without weights, PEFT has AdaLoRA's ranknum train as well.
-    sizes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad and ".ranknum." not in n}
-    adapter = sum(size for name, size in sizes.items() if ".lora_" in name)
-    return adapter, sum(sizes.values()) - adapter
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and ".ranknum." not in name}
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..importance import triplet_scores
 from ..schedule import Schedule
 from .base import ParameterCount
-from .lora import chosen, lora_count
+from .lora import chosen, lora_count, lora_parameters
 from .options import CHOICE, check_parameters, resolved
 from .settling import Settling
 
@@ -94,6 +94,10 @@ class PeftAdaLora:
     def callbacks(self) -> list[TrainerCallback]:
         """The one that calls PEFT's allocator."""
         return [UpdateAndAllocate(self._config)]
+
+    def added(self, model: nn.Module) -> list[nn.Parameter]:
+        """A, E and B."""
+        return list(lora_parameters(model).values())
 
     def count(self, model: nn.Module) -> ParameterCount:
         """`final` counts live triplets: A, B and Λ of each."""

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from ..checkpoint import load_adapter, save_adapter
 from ..config import AdaLoraConfig
 from ..errors import ConfigError
+from ..grouping import factors
 from ..injection import adapter_parameters, install, named_adapters
 from ..integrations.transformers import save_adapter_only
 from .base import ParameterCount
@@ -76,6 +77,10 @@ class SvdLora:
     def callbacks(self) -> list[TrainerCallback]:
         """The one that adds the regularizer's gradient."""
         return [OrthogonalityCallback(_factors, self._options["orth_reg_weight"], self._options["orth_reg_form"])]
+
+    def added(self, model: nn.Module) -> list[nn.Parameter]:
+        """A, E and B."""
+        return factors(model)
 
     def count(self, model: nn.Module) -> ParameterCount:
         """A, B and Λ; the size never changes."""

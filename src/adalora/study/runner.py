@@ -45,12 +45,16 @@ class _Running:
 
 @dataclass
 class Runner:
-    """The one process that starts runs and writes results. `only` limits the runs, as `Ledger.pending` says."""
+    """The one process that starts runs and writes results.
+
+    `only` limits the runs, as `Ledger.pending` says; `threads` are those of each run, as `environment` says.
+    """
 
     grid: Grid
     workers: int
     say: Say
     only: Mapping[str, set[str]] = field(default_factory=dict)
+    threads: int | None = None
 
     def run(self, retry_failed: bool = False) -> Ledger:
         """Do every run that is pending, also those that results call for. Raises ConfigError before the first one."""
@@ -108,7 +112,7 @@ class Runner:
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=environment(slot, self.workers),
+            env=environment(slot, self.workers, self.threads),
             start_new_session=True,  # Ctrl-C is for the runner, which ends its runs itself
             preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
         )
@@ -184,9 +188,9 @@ def seconds_left(ledger: Ledger, workers: int, only: Mapping[str, set[str]]) -> 
     return total / workers
 
 
-def environment(slot: int, workers: int) -> dict[str, str]:
-    """Of the run in this slot: its share of the cores, and one of the GPUs in turn."""
-    threads = max(1, len(_cores()) // workers)
+def environment(slot: int, workers: int, threads: int | None = None) -> dict[str, str]:
+    """Of the run in this slot: its threads, by default its share of the cores, and one of the GPUs in turn."""
+    threads = threads or max(1, len(_cores()) // workers)
     own = dict(os.environ) | dict.fromkeys(_THREADS, str(threads)) | {"TOKENIZERS_PARALLELISM": "false"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]

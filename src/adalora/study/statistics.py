@@ -97,6 +97,19 @@ def standard_error(values: Sequence[float]) -> float:
     return (deviation(values) or 0.0) / math.sqrt(len(values))
 
 
+def smallest_sufficient(scores: Mapping[float, Sequence[float]]) -> float | None:
+    """The smallest budget whose mean score is within one standard error of the best one's; scores are by budget.
+
+    The rule by which Breiman et al. (1984) choose a size: the error is that of the best mean. None for a budget with
+    fewer than two scores, as that leaves the error, or the best, open.
+    """
+    if not scores or any(len(values) < 2 for values in scores.values()):
+        return None
+    best = max(sorted(scores), key=lambda budget: mean(scores[budget]))
+    least = mean(scores[best]) - standard_error(scores[best])
+    return min(budget for budget, values in scores.items() if mean(values) >= least)
+
+
 def half_width(values: Sequence[float], level: float = LEVEL) -> float | None:
     """Half of the t interval of a mean; None for fewer than two values."""
     if len(values) < 2:

@@ -37,6 +37,7 @@ def summarize(ledger: Ledger) -> Numbers:
         "means": [_means(scores, grid, arm, budget) for budget in study.budgets for arm in study.arms],
         "differences": [_difference(scores, grid, arm, budget) for budget in study.budgets for arm in arms],
         "signs": [_signs(scores, grid, arm) for arm in arms],
+        "sufficient": [_sufficient(ledger, scores, arm) for arm in study.arms if len(study.budgets) > 1],
         "agreement": [found for cell in grid.cells if (found := _agreement(ledger, cell))],
         "failed": _failed(ledger),
         "collapsed": _collapsed(ledger, scores),
@@ -158,6 +159,33 @@ def _signs(scores: Scores, grid: Grid, arm: str) -> Numbers:
     ]
     above, below = sum(value > 0 for value in means), sum(value < 0 for value in means)
     return {"arm": arm, "above": above, "below": below, "cells": len(means), "p": statistics.sign_test(means)}
+
+
+def _sufficient(ledger: Ledger, scores: Scores, arm: str) -> Numbers:
+    """The smallest budget that is as good as the best, by validation scores: a seed's mean over all tasks.
+
+    The test scores of that budget are told, and play no part.
+    """
+    study, values = ledger.grid.study, {}
+    for budget in study.budgets:
+        found = [ledger.chosen(Cell(task, arm, budget)) for task in study.tasks]
+        seeds = [seed for seed in study.seeds if all(seed in by_seed for by_seed in found)]
+        values[budget] = [statistics.mean([points(own[seed], "validation") or 0.0 for own in found]) for seed in seeds]
+    chosen = statistics.smallest_sufficient(values)
+    return {
+        "arm": arm,
+        "budgets": [
+            {
+                "budget": budget,
+                "mean": statistics.mean(own) if own else None,
+                "error": statistics.standard_error(own) if len(own) > 1 else None,
+                "seeds": len(own),
+            }
+            for budget, own in values.items()
+        ],
+        "budget": chosen,
+        "test": None if chosen is None else _means(scores, ledger.grid, arm, chosen)["mean"],
+    }
 
 
 def _agreement(ledger: Ledger, cell: Cell) -> Numbers | None:

@@ -39,7 +39,14 @@ def table(summary: Numbers) -> str:
     parts = [head]
     for budget in summary["budgets"]:
         parts += [_scores(summary, budget), _differences(summary, budget)]
-    parts += [_signs(summary), _rates(summary), _sizes(summary), _agreement(summary), _failed(summary)]
+    parts += [
+        _signs(summary),
+        _sufficient(summary),
+        _rates(summary),
+        _sizes(summary),
+        _agreement(summary),
+        _failed(summary),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -101,6 +108,25 @@ def _signs(summary: Numbers) -> str:
     rows = [[s["arm"], str(s["above"]), str(s["below"]), str(s["cells"]), _p(s["p"])] for s in summary["signs"]]
     whole = _grid(["arm", "above", "below", "cells", "p (sign test)"], rows)
     return f"## Cells (task × budget) above and below {summary['reference']}\n\n{whole}" if rows else ""
+
+
+def _sufficient(summary: Numbers) -> str:
+    """The smallest budget within one standard error of the best, for each arm."""
+    rows = []
+    for numbers in summary["sufficient"]:
+        means = [_with_error(own["mean"], own["error"]) for own in numbers["budgets"]]
+        chosen = "–" if numbers["budget"] is None else f"{numbers['budget']:g}"
+        rows.append([numbers["arm"], *means, chosen, "–" if numbers["test"] is None else f"{numbers['test']:.2f}"])
+    note = (
+        "Validation scores, mean over tasks ± standard error over seeds, and the smallest budget that is within one "
+        "standard error of the best. Its test score is told and plays no part."
+    )
+    columns = ["arm", *(f"rank {budget:g}" for budget in summary["budgets"]), "automatic budget", "its test score"]
+    return f"## Automatic budget\n\n{note}\n\n" + _grid(columns, rows) if rows else ""
+
+
+def _with_error(mean: float | None, error: float | None) -> str:
+    return "–" if mean is None else f"{mean:.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def _rates(summary: Numbers) -> str:
