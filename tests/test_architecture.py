@@ -18,15 +18,15 @@ SOURCE = Path(adalora.__file__).parent
 # another as long as no circle arises.
 CORE = (
     {"errors", "functional", "allocation", "verdicts", "sketch"},
-    {"schedule", "layers", "files", "checks"},
-    {"config", "optimizers", "masking", "runstate"},
+    {"schedule", "layers", "files", "checks", "sharding"},
+    {"config", "optimizers", "masking", "runstate", "gathering"},
     {"stepsize"},
     {"conversion"},
     {"importance", "targets", "compaction"},
     {"budget", "fisher", "basis"},
     {"refactoring"},
     {"averages", "injection", "reading"},
-    {"regularizer", "report", "stored", "merging", "start"},
+    {"regularizer", "report", "stored", "merging", "start", "runfolder"},
     {"attachment", "checkpoint"},
     {"allocator"},
     {"export"},

@@ -15,10 +15,12 @@ from .compaction import compact_
 from .config import AdaLoraConfig
 from .errors import TrainingError
 from .fisher import SQUARES, WEIGHT, FisherAverages
+from .gathering import reshard_
 from .layers import SVDAdapter
 from .masking import mask_, set_pattern_
 from .optimizers import (
     check_dtype,
+    check_membership,
     check_restored_state,
     loss_scale,
     maximized,
@@ -28,12 +30,15 @@ from .optimizers import (
 from .refactoring import refactor_
 from .regularizer import add_penalty_gradient_
 from .runstate import RunState
+from .sharding import completed, is_sharded, local, place
 
 
 class Driver(Protocol):
     """An allocator, as its optimizer sees it."""
 
     root: nn.Module
+    config: AdaLoraConfig
+    modules: dict[str, SVDAdapter]
 
     @property
     def attached(self) -> bool:
@@ -49,8 +54,11 @@ _drivers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Driver]] = weakref.We
 def claim(optimizer: Optimizer, driver: Driver) -> None:
     """Make `driver` the one that runs in `optimizer`; an earlier one of the same model is detached.
 
-    Raises TrainingError if an allocator of another model runs there.
+    Raises TrainingError if an allocator of another model runs there, or if `optimizer` cannot train the adapter.
     """
+    reshard_(driver.root)
+    check_membership(optimizer, driver.modules)
+    _check_sharding(driver)
     earlier = _drivers.get(optimizer, lambda: None)()
     if earlier is not None and earlier.root is driver.root:
         earlier.detach()
@@ -62,6 +70,22 @@ def claim(optimizer: Optimizer, driver: Driver) -> None:
     _drivers[optimizer] = weakref.ref(driver)
 
 
+def _check_sharding(driver: Driver) -> None:
+    for name, module in driver.modules.items():
+        factors = (module.lora_A, module.lora_E, module.lora_B)
+        groups = {where.group if where else None for where in map(place, factors)}
+        if len(groups) > 1:
+            raise TrainingError(
+                f"the factors of {name!r} are not spread over the same processes; let one fully_shard call hold all "
+                "three, or ignore all three."
+            )
+        if driver.config.refactor and is_sharded(module.lora_E):
+            raise TrainingError(
+                f"refactor=True needs the whole factors of {name!r} in one process, but they are sharded; set "
+                "refactor=False, or pass the adapter's parameters to fully_shard as ignored_params and train with DDP."
+            )
+
+
 class Attachment:
     """Made by `RankAllocator.attach`. `averages` and `run` are the importance and the state of the run so far.
 
@@ -70,10 +94,10 @@ class Attachment:
 
     averages: Averages | FisherAverages
 
-    def __init__(
-        self, optimizer: Optimizer, modules: Mapping[str, SVDAdapter], config: AdaLoraConfig, window: int
-    ) -> None:
-        self.optimizer, self._modules, self._config, self._window = optimizer, modules, config, window
+    def __init__(self, optimizer: Optimizer, driver: Driver, window: int) -> None:
+        self.optimizer, self._root, self._window = optimizer, driver.root, window
+        self._modules: Mapping[str, SVDAdapter] = driver.modules
+        self._config = driver.config
         self.run = RunState(optimizer)
         self.restore()
 
@@ -87,6 +111,11 @@ class Attachment:
         """Free pruned triplets in modules and optimizer."""
         compact_(self._modules, self.optimizer)
         self._look()
+
+    def values(self) -> Tensor:
+        """λ of every triplet, (sum of r,), on the device of the first."""
+        parameters = [module.lora_E for module in self._modules.values()]
+        return completed([local(p.detach()) for p in parameters], parameters, parameters[0].device)
 
     def keep_only(self, keeps: list[Tensor]) -> None:
         """Prune all but `keeps`, bool (r_k,) of each module k, and re-factorize if the configuration says so."""
@@ -104,6 +133,8 @@ class Attachment:
                 "the adapter was compacted, but the optimizer is at the start of a run; load the optimizer's state "
                 "too, or read the saved adapter with load_adapter(..., trainable=True) and train that."
             )
+        if any(module._parameters.get("lora_A") is not factors[0] for _, module, factors in self._trained):
+            reshard_(self._root)
         for name, module, factors in self._trained:
             own = module._parameters
             if "lora_E" not in own:

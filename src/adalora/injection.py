@@ -14,7 +14,9 @@ from .budget import Budget, check_bounds, plan_budget
 from .config import AdaLoraConfig
 from .conversion import adapter_shape, convert, resize, restore
 from .errors import InjectionError, TrainingError
+from .gathering import refuse_sharded
 from .layers import SVDAdapter
+from .sharding import completed, local
 from .stepsize import usual_alpha
 from .targets import bound, find_targets, matches, saved_modules
 
@@ -75,6 +77,7 @@ def install(model: M, config: AdaLoraConfig, ranks: dict[str, int]) -> M:
             f"{type(model).__name__} has copied or registered the parameters already, and new ones would not be kept "
             "equal between processes; inject into model.module before wrapping it."
         )
+    refuse_sharded(model, "new parameters would not be", "inject, or load the adapter, before fully_shard")
     model.requires_grad_(False)
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
@@ -96,6 +99,7 @@ def eject(model: M) -> M:
     Biases and `modules_to_save` that trained keep what they learned. Nothing is trainable afterwards.
     """
     root = adapter_root(model)
+    refuse_sharded(root, "FSDP drives its layers", "save the adapter and load a fresh base model")
     root.requires_grad_(False)
     for hooks, ours in (
         (root._load_state_dict_pre_hooks, _follow_loaded_capacity),
@@ -162,9 +166,11 @@ def _follow_loaded_ranks(model: nn.Module, keys: Any) -> None:
     modules = dict(named_adapters(model))
     if any(f"{name}.lora_E" in keys.missing_keys for name in modules):
         return
-    trained = any(bool(module.lora_E.any()) for module in modules.values())
-    for module in modules.values():
-        live = module.lora_E.detach().view(-1) != 0
+    lambdas = [module.lora_E for module in modules.values()]
+    values = completed([local(parameter.detach()) for parameter in lambdas], lambdas, torch.device("cpu"))
+    trained = bool(values.any())
+    for module, part in zip(modules.values(), torch.split(values, list(map(len, lambdas))), strict=True):
+        live = part != 0
         module.lora_keep.copy_(live if trained else torch.ones_like(live))
     if trained and training_progress(model).steps == 0:
         record_progress(model, Progress(None, training_progress(model).total_step))
@@ -172,6 +178,11 @@ def _follow_loaded_ranks(model: nn.Module, keys: Any) -> None:
 
 def adapter_root(model: nn.Module) -> nn.Module:
     """The module that was injected: `model`, or what a wrapper such as DDP holds. Raises InjectionError."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise InjectionError(
+            "FullyShardedDataParallel, FSDP's first version, keeps parameters in flat pieces without rows or columns; "
+            "use torch.distributed.fsdp.fully_shard (accelerate: fsdp_version=2)."
+        )
     roots = [module for module in model.modules() if _CONFIG in vars(module)]
     if not roots:
         raise InjectionError(
