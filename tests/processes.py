@@ -307,9 +307,17 @@ def resuming(here: Here) -> Any:
 
 @check
 def resuming_with_torchs_own_functions(here: Here) -> Any:
-    """What a loop that knows only of torch.distributed.checkpoint does, in each phase."""
-    same = {}
-    for step in (2, 9, 13):
+    """What a loop that knows only of torch.distributed.checkpoint does, before and after the pattern is final."""
+    same: dict[Any, Any] = {}
+    fresh = Run(sharded(adapted(), here.four), here.rank, WORLD)
+    get_state_dict(fresh.model, fresh.optimizer)  # takes a step of its own
+    same["steps counted by a look"] = fresh.allocator.step
+    for group in fresh.optimizer.param_groups:
+        group["lr"] = 0.0
+    fresh.optimizer.state.clear()
+    fresh.train(range(1))  # the first step of a warm-up, where some processes hold nothing but zeros
+    same["steps counted of a warm-up"] = fresh.allocator.step
+    for step in (9, 13):
         run = Run(sharded(adapted(), here.four), here.rank, WORLD).train(range(step))
         parts = dict(zip(("model", "optimizer"), get_state_dict(run.model, run.optimizer), strict=True))
         dcp.save(parts, checkpoint_id=here.folder / f"torch-{step}")
@@ -370,7 +378,7 @@ def stale(here: Here) -> None:
 def accelerated(here: Here) -> Any:
     """FSDP2 as accelerate prepares it. It takes CPUs for DDP only, so it is told that it does FSDP."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
     from accelerate.utils import DistributedType
 
     plugin = FullyShardedDataParallelPlugin(
@@ -379,7 +387,9 @@ def accelerated(here: Here) -> Any:
     reports = []
     for resume in (False, True):
         accelerator = Accelerator(cpu=True)
-        AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+        accelerator.state.fsdp_plugin = plugin
+        for state in (accelerator.state, PartialState()):
+            state.distributed_type = DistributedType.FSDP
         model = adapted()
         optimizer = torch.optim.AdamW(adalora.adapter_parameters(model), lr=0.03, foreach=True)
         model, optimizer = accelerator.prepare(model, optimizer)

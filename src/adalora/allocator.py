@@ -198,6 +198,8 @@ class RankAllocator:
         return self._attached_to.before_step(args, kwargs)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._attached_to.rehearsed():
+            return
         if step_is_skipped(optimizer):
             self._skipped += 1
             return
@@ -227,8 +229,8 @@ class RankAllocator:
         scores = self._attached_to.averages.scores()
         values = self._attached_to.values()
         self._verdicts.ask((scores + values).isfinite().all(), partial(self._diverged, scores, values))
-        exponent, parts = self.config.cost_exponent, torch.split(scores, self._capacities)
-        keeps = keep_top(parts, budget, self.minimum, self._costs, exponent)
+        parts = torch.split(scores, self._capacities)
+        keeps = keep_top(parts, budget, self.minimum, self._costs, self.config.cost_exponent)
         self._attached_to.keep_only(keeps)
         for listener in self.on_allocate:
             listener(step, budget, dict(zip(self.modules, keeps, strict=True)))
@@ -243,7 +245,6 @@ class RankAllocator:
 
     def _freeze(self) -> None:
         self._verdicts.hear(wait=True)  # once in a run: a pattern from scores that are no numbers must not stay
-        self._attached_to.run.freeze()
-        self._attached_to.averages.drop()
+        self._attached_to.freeze()
         if self._compact:
             self.compact()

@@ -22,6 +22,7 @@ from .optimizers import (
     check_dtype,
     check_membership,
     check_restored_state,
+    is_rehearsal,
     loss_scale,
     maximized,
     step_is_skipped,
@@ -97,20 +98,31 @@ class Attachment:
     def __init__(self, optimizer: Optimizer, driver: Driver, window: int) -> None:
         self.optimizer, self._root, self._window = optimizer, driver.root, window
         self._modules: Mapping[str, SVDAdapter] = driver.modules
-        self._config = driver.config
+        self._config, self._rehearses = driver.config, False
         self.run = RunState(optimizer)
         self.restore()
 
     def restore(self) -> None:
         """Take up what the optimizer holds: when it is attached, and when it has loaded another state."""
         check_restored_state(self.optimizer, self._modules, (SENSITIVITY, UNCERTAINTY, SQUARES, WEIGHT))
+        self.run.begin(self._modules)
         set_pattern_(self._modules.values(), self.run.patterns(self._modules))
         self._look()
+        if self.run.frozen:
+            self.freeze()
 
     def compact(self) -> None:
         """Free pruned triplets in modules and optimizer."""
         compact_(self._modules, self.optimizer)
         self._look()
+
+    def freeze(self) -> None:
+        """The pattern is final, so that the averages are of no more use. Sharded ones stay: such a run is loaded by a
+        template that another run makes at its start, and what one of the two lacks would be an error or be lost.
+        """
+        self.run.freeze()
+        if not any(is_sharded(module.lora_E) for module in self._modules.values()):
+            self.averages.drop()
 
     def values(self) -> Tensor:
         """λ of every triplet, (sum of r,), on the device of the first."""
@@ -128,6 +140,9 @@ class Attachment:
 
     def before_step(self, args: Any, kwargs: Any) -> Any:
         """Check that the modules still are what was attached, and add the regularizer's gradient."""
+        self._rehearses = is_rehearsal(self.optimizer)
+        if self._rehearses:
+            return None
         if self._compacted and not self.run.frozen:
             raise TrainingError(
                 "the adapter was compacted, but the optimizer is at the start of a run; load the optimizer's state "
@@ -149,6 +164,12 @@ class Attachment:
             if any(factor.dtype.itemsize < 4 for factor in factors):
                 check_dtype(name, module)
         return when_gradients_are_there(args, kwargs, self._add_penalty)
+
+    def rehearsed(self) -> bool:
+        """Whether the step just done was a rehearsal, see `is_rehearsal`; then the averages have taken their places."""
+        if self._rehearses:
+            self.averages.update()
+        return self._rehearses
 
     def _look(self) -> None:
         # Modules without a triplet have nothing to train, to regularize or to score.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .errors import TrainingError
 from .layers import SVDAdapter
-from .sharding import layout
+from .sharding import agreed, layout, local, place
 
 # State that torch's optimizers keep in the parameter's own shape. load_state_dict takes any shape.
 _SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
@@ -94,6 +94,21 @@ def step_is_skipped(optimizer: Optimizer) -> bool:
     """Whether a GradScaler found an overflow and lets a fused optimizer step without effect."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def is_rehearsal(optimizer: Optimizer) -> bool:
+    """Whether the coming step is the one by which torch.distributed.checkpoint makes an optimizer fill its state:
+    the first, with learning rates and gradients that are all zero. It is none of the run. Of a sharded model all agree.
+    """
+    if optimizer.state or any(bool(group.get("lr", 1.0)) for group in optimizer.param_groups):
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return False
+    zero = torch.stack([~local(gradient).any().cpu() for gradient in gradients]).all()
+    for group in dict.fromkeys(where.group for where in map(place, gradients) if where is not None):
+        zero = agreed(zero.to(gradients[0].device), group).cpu()
+    return bool(zero)
 
 
 def loss_scale(optimizer: Optimizer) -> Tensor | float:

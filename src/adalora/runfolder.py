@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,7 +166,8 @@ def _write_part(folder: Path, tensors: dict[str, Tensor], rank: int, count: int,
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
     writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
-    save(tensors, storage_writer=writer, process_group=group, no_dist=count == 1)
+    with _one_process_is_meant():
+        save(tensors, storage_writer=writer, process_group=group, no_dist=count == 1)
     return {file.name: _digest(file) for file in sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))}
 
 
@@ -201,7 +204,15 @@ def _read(folder: Path, room: dict[str, Tensor], group: Any) -> None:
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
     reader = HuggingFaceStorageReader(path=str(folder))
-    load(room, storage_reader=reader, process_group=group, no_dist=_seat(group)[1] == 1)
+    with _one_process_is_meant():
+        load(room, storage_reader=reader, process_group=group, no_dist=_seat(group)[1] == 1)
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _digest(file: Path) -> str:
