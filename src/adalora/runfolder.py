@@ -45,7 +45,8 @@ def save_run(
     """
     folder, optimizer = Path(folder), unwrap(optimizer)
     reshard_(model)
-    tensors, numbers, names = _trained(model), {}, _names(model, optimizer)
+    tensors, names = _trained(model), _names(model, optimizer)
+    numbers: dict[str, Any] = {}
     for index, group in enumerate(optimizer.param_groups):
         for key in group.keys() - {"params"}:
             _put(f"group.{index}.{key}", group[key], tensors, numbers)
@@ -163,7 +164,7 @@ def _begin(folder: Path) -> None:
 
 
 def _write_part(folder: Path, tensors: dict[str, Tensor], rank: int, count: int, group: Any) -> dict[str, str]:
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save  # type: ignore[attr-defined]
 
     writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
     with _one_process_is_meant():
@@ -201,7 +202,7 @@ def _manifest(folder: Path, rank: int, count: int) -> dict[str, Any]:
 
 
 def _read(folder: Path, room: dict[str, Tensor], group: Any) -> None:
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load  # type: ignore[attr-defined]
 
     reader = HuggingFaceStorageReader(path=str(folder))
     with _one_process_is_meant():
