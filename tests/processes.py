@@ -140,7 +140,7 @@ def bytes_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return {
         "frozen": sum(local(p).nbytes for p in parameters if not p.requires_grad),
         "trained": sum(local(p).nbytes for p in parameters if p.requires_grad),
-        "state": sum(local(value.detach()).nbytes for value in entries if value.dim()),
+        "state": sum(local(value).detach().nbytes for value in entries if value.dim()),
     }
 
 
@@ -264,9 +264,9 @@ def fsdp_with_replicas(here: Here) -> Any:
 @check
 def fsdp_4_with_a_fault_in_one_shard(here: Here) -> Any:
     run = Run(sharded(adapted(), here.four), here.rank, WORLD).train(range(7))
-    before = [local(value.detach()).clone() for value in averages(run)]
+    before = [local(value).detach().clone() for value in averages(run)]
     run.train(range(7, 8), spoil=7)
-    after = [local(value.detach()) for value in averages(run)]
+    after = [local(value).detach() for value in averages(run)]
     return {
         "averages": len(before),
         "kept": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),

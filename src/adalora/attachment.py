@@ -127,7 +127,7 @@ class Attachment:
     def values(self) -> Tensor:
         """λ of every triplet, (sum of r,), on the device of the first."""
         parameters = [module.lora_E for module in self._modules.values()]
-        return completed([local(p.detach()) for p in parameters], parameters, parameters[0].device)
+        return completed([local(p).detach() for p in parameters], parameters, parameters[0].device)
 
     def keep_only(self, keeps: list[Tensor]) -> None:
         """Prune all but `keeps`, bool (r_k,) of each module k, and re-factorize if the configuration says so."""

@@ -50,7 +50,7 @@ class Averages:
         """S of every triplet, (sum of r,), in the order of the modules, of which there must be one."""
         if self._config.importance == "magnitude":
             parameters = [module.lora_E for module in self._modules]
-            return completed([magnitude_scores(local(p.detach())) for p in parameters], parameters, self._device)
+            return completed([magnitude_scores(local(p).detach()) for p in parameters], parameters, self._device)
         self._arrange()
         state, kind = self._optimizer.state, self._config.importance
         parts = [part.to(self._device) for shelf in self._shelves for part in shelf.scores(state, kind)]
@@ -119,7 +119,7 @@ class _Shelf:
 
     def update(self, state: Any, beta1: float, beta2: float) -> Tensor:
         self._adopt(state)
-        weights = [local(parameter.detach()) for parameter in self.parameters]
+        weights = [local(parameter).detach() for parameter in self.parameters]
         pairs = zip(self.parameters, weights, strict=True)
         gradients = [torch.zeros_like(own) if p.grad is None else local(p.grad) for p, own in pairs]
         product = torch.cat([part.reshape(-1) for part in torch._foreach_mul(weights, gradients)])

@@ -37,7 +37,7 @@ class FisherAverages:
                 where = place(module.lora_E)
                 by_device[module.lora_E.device, where and where.group].append(module)
         for (_, group), together in by_device.items():
-            values = torch.cat([local(module.lora_E.detach()) for module in together])  # (sum of r, 1), or a part
+            values = torch.cat([local(module.lora_E).detach() for module in together])  # (sum of r, 1), or a part
             product = values * torch.cat([local(module.lora_E.grad) for module in together])  # type: ignore[arg-type]
             held = {key: [self._held(module, key) for module in together] for key in _KEYS}
             squares, weight = (torch.cat(held[key]) for key in _KEYS)
@@ -69,7 +69,7 @@ class FisherAverages:
     def _held(self, module: SVDAdapter, key: str) -> Tensor:
         state = self._optimizer.state[module.lora_E]
         if key not in state:
-            state[key] = around(torch.zeros_like(local(module.lora_E.detach())), module.lora_E)
+            state[key] = around(torch.zeros_like(local(module.lora_E).detach()), module.lora_E)
         value = state[key]
         assert isinstance(value, Tensor)
         return local(value)

@@ -167,7 +167,7 @@ def _follow_loaded_ranks(model: nn.Module, keys: Any) -> None:
     if any(f"{name}.lora_E" in keys.missing_keys for name in modules):
         return
     lambdas = [module.lora_E for module in modules.values()]
-    values = completed([local(parameter.detach()) for parameter in lambdas], lambdas, torch.device("cpu"))
+    values = completed([local(parameter).detach() for parameter in lambdas], lambdas, torch.device("cpu"))
     trained = bool(values.any())
     for module, part in zip(modules.values(), torch.split(values, list(map(len, lambdas))), strict=True):
         live = part != 0

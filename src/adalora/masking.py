@@ -23,7 +23,7 @@ def mask_(modules: Iterable[SVDAdapter]) -> None:
     for module in modules:
         by_device[module.lora_E.device].append(module)
     for together in by_device.values():
-        triplets = [local(module.lora_E.detach()) for module in together]  # each (r, 1), or some of its rows
+        triplets = [local(module.lora_E).detach() for module in together]  # each (r, 1), or some of its rows
         keep = torch.cat([_kept_here(module) for module in together])
         masked = torch.where(keep.unsqueeze(1), torch.cat(triplets), 0.0)
         torch._foreach_copy_(triplets, torch.split(masked, [len(triplet) for triplet in triplets]))

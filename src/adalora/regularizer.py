@@ -112,7 +112,7 @@ def _all_gradients(parameters: Sequence[Tensor], form: OrthForm, weight: float |
         groups[where and where.group].append(index)
     for group, indices in groups.items():
         own = [parameters[index] for index in indices]
-        parts, long = [local(p.detach()) for p in own], [1 if index % 2 == 0 else 0 for index in indices]
+        parts, long = [local(p).detach() for p in own], [1 if index % 2 == 0 else 0 for index in indices]
         if group is not None:
             parts = turned(own, parts, long, back=False)
         rows = [part if dim else part.T for part, dim in zip(parts, long, strict=True)]

@@ -137,7 +137,7 @@ def _room(
     like = own[key] if kind == "model" else parameters.get(name.rpartition(".")[0]) if kind == "optimizer" else None
     if like is None or list(like.shape) != shape:
         return torch.zeros(shape, dtype=dtype)
-    return around(torch.zeros_like(local(like.detach()), dtype=dtype), like)
+    return around(torch.zeros_like(local(like).detach(), dtype=dtype), like)
 
 
 def _optimizer_state(

@@ -37,7 +37,10 @@ def is_sharded(tensor: Tensor | None) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part that this process holds, in the memory of `tensor`; a plain tensor itself."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():  # so it is no operation on a DTensor, each of which takes longer than all else here
+        return tensor.to_local()  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -61,7 +64,15 @@ def place(tensor: Tensor) -> Place | None:
     """Which part of a tensor is here; None if all of it is. Raises TrainingError if it is cut in two dimensions."""
     if not is_sharded(tensor):
         return None
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    # Asked for every parameter in every step, and kept on the mesh: groups come and go with it.
+    mesh, key = tensor.device_mesh, (tensor.placements, tensor.shape)  # type: ignore[attr-defined]
+    known: dict[Any, Place | None] = vars(mesh).setdefault("_adalora_places", {})
+    if key not in known:
+        known[key] = _place(mesh, *key)
+    return known[key]
+
+
+def _place(mesh: Any, placements: Any, shape: torch.Size) -> Place | None:
     cuts = [index for index, placement in enumerate(placements) if not placement.is_replicate()]
     if not cuts:
         return None
@@ -70,7 +81,7 @@ def place(tensor: Tensor) -> Place | None:
             f"an adapter parameter is laid out as {placements}; adapters may be sharded along one dimension of the "
             "mesh (FSDP2, or FSDP2 with replicas). Leave tensor parallelism to the frozen weights."
         )
-    dim, size = placements[cuts[0]].dim, tensor.shape[placements[cuts[0]].dim]
+    dim, size = placements[cuts[0]].dim, shape[placements[cuts[0]].dim]
     step = -(-size // mesh.size(cuts[0]))
     start = min(step * mesh.get_local_rank(cuts[0]), size)
     return Place(mesh.get_group(cuts[0]), dim, start, min(start + step, size))
