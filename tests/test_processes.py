@@ -224,3 +224,9 @@ def test_extra_must_be_json(tmp_path: Path) -> None:
     run = Run(adapted())
     with pytest.raises(AdapterFileError, match="must be of JSON's types"):
         save_run(run.model, run.optimizer, tmp_path, {"rows": {1, 2}})
+
+
+def test_a_stage_of_a_pipeline_is_refused_by_name() -> None:
+    stage: Any = type("PipelineStage", (), {})()
+    with pytest.raises(adalora.AdaLoraError, match=r"PipelineStage is no module.*could not move between them"):
+        adalora.RankAllocator(stage)

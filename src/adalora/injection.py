@@ -178,6 +178,11 @@ def _follow_loaded_ranks(model: nn.Module, keys: Any) -> None:
 
 def adapter_root(model: nn.Module) -> nn.Module:
     """The module that was injected: `model`, or what a wrapper such as DDP holds. Raises InjectionError."""
+    if not isinstance(model, nn.Module):
+        raise InjectionError(
+            f"{type(model).__name__} is no module. If it is a stage of a pipeline over processes: none of these sees "
+            "the scores of all stages, so the budget could not move between them; use device_map, DDP or FSDP2."
+        )
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise InjectionError(
             "FullyShardedDataParallel, FSDP's first version, keeps parameters in flat pieces without rows or columns; "
