@@ -17,9 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import adalora
 import tiny
 from adalora.errors import TrainingError
-from adalora.injection import named_adapters, pending_start
+from adalora.injection import named_adapters
 from adalora.integrations.starting import START_STEPS, describe_start, start_from_rows_
 from adalora.integrations.transformers import AdaLoraCallback
+from adalora.pending import pending_start
 from adalora.start import activation_start_, gradient_start_
 
 STEPS = 12

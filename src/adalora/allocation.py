@@ -31,7 +31,10 @@ def keep_top(
     """
     joined = torch.cat([score.to(scores[0].device) for score in scores])  # a model may live on several
     sizes, alike = [score.numel() for score in scores], costs is None or len(set(costs)) == 1
-    prices = None if alike else torch.tensor(costs).repeat_interleave(torch.tensor(sizes)).to(joined.device)
+    prices = None
+    if not alike:
+        spread = torch.tensor(costs).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))
+        prices = spread.to(joined.device)
     if prices is not None and exponent:
         joined = joined / prices**exponent
     order = torch.argsort(joined, descending=True, stable=True)

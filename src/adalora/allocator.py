@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 from .allocation import keep_top
 from .attachment import Attachment, claim
 from .errors import ConfigError, TrainingError
+from .gathering import reshard_
 from .injection import Progress, adapter_config, adapter_root, model_budget, named_adapters, record_progress
 from .masking import mask_
-from .optimizers import check_membership, step_is_skipped, unwrap
+from .optimizers import step_is_skipped, unwrap
 from .schedule import Phase, Schedule, run_length
 from .verdicts import Verdicts
 
@@ -68,10 +69,9 @@ class RankAllocator:
         TrainingError if an adapter parameter is missing from the optimizer, in it twice, frozen or 16-bit.
         """
         optimizer = unwrap(optimizer)
-        check_membership(optimizer, self.modules)
         claim(optimizer, self)
         self.detach()
-        self._attachment = Attachment(optimizer, self.root, self.modules, self.schedule.window)
+        self._attachment = Attachment(optimizer, self, self.schedule.window)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -132,6 +132,7 @@ class RankAllocator:
         Raises TrainingError before the first step: nothing is known of importance then.
         """
         self._verdicts.hear(wait=True)
+        reshard_(self.root)
         if self.frozen:
             self._attached_to.restore()  # weights loaded since brought their own pattern
             mask_(self.modules.values())
@@ -197,6 +198,8 @@ class RankAllocator:
         return self._attached_to.before_step(args, kwargs)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._attached_to.rehearsed():
+            return
         if step_is_skipped(optimizer):
             self._skipped += 1
             return
@@ -223,12 +226,11 @@ class RankAllocator:
         self._skipped += 1
 
     def _allocate(self, step: int, budget: int) -> None:
-        modules = self.modules.values()
         scores = self._attached_to.averages.scores()
-        values = torch.cat([module.lora_E.detach().to(scores.device) for module in modules]).view(-1)
+        values = self._attached_to.values()
         self._verdicts.ask((scores + values).isfinite().all(), partial(self._diverged, scores, values))
-        exponent, parts = self.config.cost_exponent, torch.split(scores, self._capacities)
-        keeps = keep_top(parts, budget, self.minimum, self._costs, exponent)
+        parts = torch.split(scores, self._capacities)
+        keeps = keep_top(parts, budget, self.minimum, self._costs, self.config.cost_exponent)
         self._attached_to.keep_only(keeps)
         for listener in self.on_allocate:
             listener(step, budget, dict(zip(self.modules, keeps, strict=True)))
@@ -243,7 +245,6 @@ class RankAllocator:
 
     def _freeze(self) -> None:
         self._verdicts.hear(wait=True)  # once in a run: a pattern from scores that are no numbers must not stay
-        self._attached_to.run.freeze()
-        self._attached_to.averages.drop()
+        self._attached_to.freeze()
         if self._compact:
             self.compact()

@@ -12,28 +12,35 @@ from torch.optim import Optimizer
 
 from .averages import SENSITIVITY, UNCERTAINTY, Averages
 from .compaction import compact_
+from .config import AdaLoraConfig
 from .errors import TrainingError
 from .fisher import SQUARES, WEIGHT, FisherAverages
-from .injection import adapter_config, require_start
+from .gathering import reshard_
 from .layers import SVDAdapter
 from .masking import mask_, set_pattern_
 from .optimizers import (
     check_dtype,
+    check_membership,
     check_restored_state,
+    is_rehearsal,
     loss_scale,
     maximized,
     step_is_skipped,
     when_gradients_are_there,
 )
+from .pending import require_start
 from .refactoring import refactor_
 from .regularizer import add_penalty_gradient_
 from .runstate import RunState
+from .sharding import completed, is_sharded, local, place
 
 
 class Driver(Protocol):
     """An allocator, as its optimizer sees it."""
 
     root: nn.Module
+    config: AdaLoraConfig
+    modules: dict[str, SVDAdapter]
 
     @property
     def attached(self) -> bool:
@@ -49,8 +56,11 @@ _drivers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Driver]] = weakref.We
 def claim(optimizer: Optimizer, driver: Driver) -> None:
     """Make `driver` the one that runs in `optimizer`; an earlier one of the same model is detached.
 
-    Raises TrainingError if an allocator of another model runs there.
+    Raises TrainingError if an allocator of another model runs there, or if `optimizer` cannot train the adapter.
     """
+    reshard_(driver.root)
+    check_membership(optimizer, driver.modules)
+    _check_sharding(driver)
     earlier = _drivers.get(optimizer, lambda: None)()
     if earlier is not None and earlier.root is driver.root:
         earlier.detach()
@@ -62,6 +72,22 @@ def claim(optimizer: Optimizer, driver: Driver) -> None:
     _drivers[optimizer] = weakref.ref(driver)
 
 
+def _check_sharding(driver: Driver) -> None:
+    for name, module in driver.modules.items():
+        factors = (module.lora_A, module.lora_E, module.lora_B)
+        groups = {where.group if where else None for where in map(place, factors)}
+        if len(groups) > 1:
+            raise TrainingError(
+                f"the factors of {name!r} are not spread over the same processes; let one fully_shard call hold all "
+                "three, or ignore all three."
+            )
+        if driver.config.refactor and is_sharded(module.lora_E):
+            raise TrainingError(
+                f"refactor=True needs the whole factors of {name!r} in one process, but they are sharded; set "
+                "refactor=False, or pass the adapter's parameters to fully_shard as ignored_params and train with DDP."
+            )
+
+
 class Attachment:
     """Made by `RankAllocator.attach`. `averages` and `run` are the importance and the state of the run so far.
 
@@ -70,22 +96,39 @@ class Attachment:
 
     averages: Averages | FisherAverages
 
-    def __init__(self, optimizer: Optimizer, root: nn.Module, modules: Mapping[str, SVDAdapter], window: int) -> None:
-        self.optimizer, self._root, self._modules, self._window = optimizer, root, modules, window
-        self._config = adapter_config(root)
+    def __init__(self, optimizer: Optimizer, driver: Driver, window: int) -> None:
+        self.optimizer, self._root, self._window = optimizer, driver.root, window
+        self._modules: Mapping[str, SVDAdapter] = driver.modules
+        self._config, self._rehearses = driver.config, False
         self.run = RunState(optimizer)
         self.restore()
 
     def restore(self) -> None:
         """Take up what the optimizer holds: when it is attached, and when it has loaded another state."""
         check_restored_state(self.optimizer, self._modules, (SENSITIVITY, UNCERTAINTY, SQUARES, WEIGHT))
+        self.run.begin(self._modules)
         set_pattern_(self._modules.values(), self.run.patterns(self._modules))
         self._look()
+        if self.run.frozen:
+            self.freeze()
 
     def compact(self) -> None:
         """Free pruned triplets in modules and optimizer."""
         compact_(self._modules, self.optimizer)
         self._look()
+
+    def freeze(self) -> None:
+        """The pattern is final, so that the averages are of no more use. Sharded ones stay: such a run is loaded by a
+        template that another run makes at its start, and what one of the two lacks would be an error or be lost.
+        """
+        self.run.freeze()
+        if not any(is_sharded(module.lora_E) for module in self._modules.values()):
+            self.averages.drop()
+
+    def values(self) -> Tensor:
+        """λ of every triplet, (sum of r,), on the device of the first."""
+        parameters = [module.lora_E for module in self._modules.values()]
+        return completed([local(p).detach() for p in parameters], parameters, parameters[0].device)
 
     def keep_only(self, keeps: list[Tensor]) -> None:
         """Prune all but `keeps`, bool (r_k,) of each module k, and re-factorize if the configuration says so."""
@@ -98,12 +141,17 @@ class Attachment:
 
     def before_step(self, args: Any, kwargs: Any) -> Any:
         """Check that the modules still are what was attached, and add the regularizer's gradient."""
+        self._rehearses = is_rehearsal(self.optimizer)
+        if self._rehearses:
+            return None
         require_start(self._root)
         if self._compacted and not self.run.frozen:
             raise TrainingError(
                 "the adapter was compacted, but the optimizer is at the start of a run; load the optimizer's state "
                 "too, or read the saved adapter with load_adapter(..., trainable=True) and train that."
             )
+        if any(module._parameters.get("lora_A") is not factors[0] for _, module, factors in self._trained):
+            reshard_(self._root)
         for name, module, factors in self._trained:
             own = module._parameters
             if "lora_E" not in own:
@@ -118,6 +166,12 @@ class Attachment:
             if any(factor.dtype.itemsize < 4 for factor in factors):
                 check_dtype(name, module)
         return when_gradients_are_there(args, kwargs, self._add_penalty)
+
+    def rehearsed(self) -> bool:
+        """Whether the step just done was a rehearsal, see `is_rehearsal`; then the averages have taken their places."""
+        if self._rehearses:
+            self.averages.update()
+        return self._rehearses
 
     def _look(self) -> None:
         # Modules without a triplet have nothing to train, to regularize or to score.

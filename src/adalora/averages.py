@@ -1,13 +1,15 @@
 """The two averages of importance, kept in the optimizer's state beside each parameter's own.
 
 There they are saved, restored and moved with everything else that the optimizer holds. They are views of two flat
-tensors for each device, so that a step costs a dozen operations, whatever the number of matrices.
+tensors for each device, so that a step costs a dozen operations, whatever the number of matrices. Of sharded
+parameters a process averages the entries that it holds; only the scores are added up.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -16,8 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .config import AdaLoraConfig
-from .importance import entry_scores, magnitude_scores, triplet_scores, update_averages_
+from .importance import entry_scores, magnitude_scores, triplet_scores, triplet_sums, update_averages_
 from .layers import SVDAdapter
+from .sharding import add_up_, agreed, around, completed, layout, local, place
 
 SENSITIVITY, UNCERTAINTY = _KEYS = "adalora_sensitivity", "adalora_uncertainty"
 
@@ -46,7 +49,8 @@ class Averages:
     def scores(self) -> Tensor:
         """S of every triplet, (sum of r,), in the order of the modules, of which there must be one."""
         if self._config.importance == "magnitude":
-            return torch.cat([magnitude_scores(m.lora_E).to(self._device) for m in self._modules])
+            parameters = [module.lora_E for module in self._modules]
+            return completed([magnitude_scores(local(p).detach()) for p in parameters], parameters, self._device)
         self._arrange()
         state, kind = self._optimizer.state, self._config.importance
         parts = [part.to(self._device) for shelf in self._shelves for part in shelf.scores(state, kind)]
@@ -70,29 +74,37 @@ class Averages:
         alike: dict[Any, list[int]] = defaultdict(list)
         for index, module in enumerate(self._modules):
             A, B = module.lora_A, module.lora_B
-            alike[A.device, A.dtype, A.shape, B.shape].append(index)
+            spread = tuple(map(layout, (A, module.lora_E, B)))
+            alike[A.device, A.dtype, spread, A.shape, B.shape].append(index)
         shelves: dict[Any, list[list[int]]] = defaultdict(list)
-        for (device, dtype, *_), indices in alike.items():
-            shelves[device, dtype].append(indices)
+        for (device, dtype, spread, *_), indices in alike.items():
+            shelves[device, dtype, spread].append(indices)
         self._shelves = [_Shelf([[self._modules[i] for i in group] for group in groups]) for groups in shelves.values()]
         stacked = [i for groups in shelves.values() for group in groups for i in group]
         self._order = _positions(stacked, [module.capacity for module in self._modules]).to(self._device)
 
 
 class _Shelf:
-    """The averages of one device. Modules of one shape stand together: all their A, then all E, then all B."""
+    """The averages of one device. Modules of one shape stand together: all their A, then all E, then all B.
+
+    Sharded ones are all cut alike; what is here of them stands here.
+    """
 
     def __init__(self, groups: list[list[SVDAdapter]]) -> None:
         kinds = ("lora_A", "lora_E", "lora_B")
-        stacks = [[getattr(module, kind) for module in group] for group in groups for kind in kinds]
-        self._shapes = [(len(stack), *stack[0].shape) for stack in stacks]
+        self._stacks = stacks = [[getattr(module, kind) for module in group] for group in groups for kind in kinds]
         self.parameters: list[Tensor] = [parameter for stack in stacks for parameter in stack]
-        first = self.parameters[0]
-        size = sum(parameter.numel() for parameter in self.parameters)
-        self._flat = {key: torch.zeros(size, dtype=first.dtype, device=first.device) for key in _KEYS}
-        sizes = [parameter.numel() for parameter in self.parameters]
+        here = [local(parameter) for parameter in self.parameters]
+        self._shapes = [(len(stack), *local(stack[0]).shape) for stack in stacks]
+        where = place(self.parameters[0])
+        self._group = None if where is None else where.group
+        sizes = [part.numel() for part in here]
+        self._flat = {key: torch.zeros(sum(sizes), dtype=here[0].dtype, device=here[0].device) for key in _KEYS}
         self._views = {
-            key: [part.view_as(p) for part, p in zip(torch.split(flat, sizes), self.parameters, strict=True)]
+            key: [
+                around(part.view_as(own), parameter)
+                for part, own, parameter in zip(torch.split(flat, sizes), here, self.parameters, strict=True)
+            ]
             for key, flat in self._flat.items()
         }
 
@@ -107,17 +119,31 @@ class _Shelf:
 
     def update(self, state: Any, beta1: float, beta2: float) -> Tensor:
         self._adopt(state)
-        weights = [parameter.detach() for parameter in self.parameters]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        weights = [local(parameter).detach() for parameter in self.parameters]
+        pairs = zip(self.parameters, weights, strict=True)
+        gradients = [torch.zeros_like(own) if p.grad is None else local(p.grad) for p, own in pairs]
         product = torch.cat([part.reshape(-1) for part in torch._foreach_mul(weights, gradients)])
-        return update_averages_(self._flat[SENSITIVITY], self._flat[UNCERTAINTY], product, beta1, beta2)
+        agree = None if self._group is None else partial(agreed, group=self._group)
+        return update_averages_(self._flat[SENSITIVITY], self._flat[UNCERTAINTY], product, beta1, beta2, agree)
 
     def scores(self, state: Any, kind: Any) -> list[Tensor]:
         self._adopt(state)
         entries = entry_scores(self._flat[SENSITIVITY], self._flat[UNCERTAINTY], kind)
         sizes = [torch.Size(shape).numel() for shape in self._shapes]
         stacks = [part.view(shape) for part, shape in zip(torch.split(entries, sizes), self._shapes, strict=True)]
-        return [triplet_scores(*stacks[i : i + 3]).view(-1) for i in range(0, len(stacks), 3)]
+        if self._group is None:
+            return [triplet_scores(*stacks[i : i + 3]).view(-1) for i in range(0, len(stacks), 3)]
+        sums = [self._sums(i, stacks[i], stacks[i + 1], stacks[i + 2]) for i in range(0, len(stacks), 3)]
+        return [add_up_(torch.cat([part.view(-1) for part in sums]), self._group)]
+
+    def _sums(self, index: int, A: Tensor, E: Tensor, B: Tensor) -> Tensor:
+        firsts = [stack[0] for stack in self._stacks[index : index + 3]]
+        starts = []
+        for first, triplets in zip(firsts, (0, 0, 1), strict=True):
+            where = place(first)
+            starts.append(where.start if where is not None and where.dim == triplets else 0)
+        (r, in_), out = firsts[0].shape, firsts[2].shape[0]
+        return triplet_sums((A, E, B), (starts[0], starts[1], starts[2]), (r, out, in_))
 
     def _adopt(self, state: Any) -> None:
         """See to it that the optimizer holds the views: it may have loaded averages, or forgotten them.
@@ -130,7 +156,7 @@ class _Shelf:
                 held = state[parameter].get(key) if parameter in state else None
                 if held is view:
                     continue
-                view.zero_() if held is None else view.copy_(held)
+                local(view).zero_() if held is None else local(view).copy_(local(held))
                 if held is not None or parameter.grad is not None:
                     state[parameter][key] = view
 

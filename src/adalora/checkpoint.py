@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .config import AdaLoraConfig
 from .errors import AdapterFileError
 from .files import staged
+from .gathering import in_one_process
 from .injection import adapter_config, adapter_root, install, named_adapters, training_progress
 from .layers import SVDAdapter
 from .reading import CONFIG_FILE, PREFIX, WEIGHTS_FILE, StoredAdapter, config_digest, read_adapter, tensors_digest
@@ -41,7 +42,8 @@ def save_adapter(
 ) -> float:
     """Write the adapter of `model`, and what trained with it, to `folder`; atomically.
 
-    Returns the largest difference between the increments read back and the live ones, which is 0. Without
+    Of a sharded model every process calls this, and the first writes. Returns the largest difference between the
+    increments read back and the live ones, which is 0. Without
     `base_model_name_or_path` a transformers model names itself. Warns if the allocator never ran or the
     budget is not met; a checkpoint taken during training asks for no `warn`. Raises AdapterFileError, also
     for an adapter with values that are not finite.
@@ -49,7 +51,12 @@ def save_adapter(
     if warn:
         warn_if_unfinished(model)
     root = adapter_root(model)
-    config = _peft_config(root, base_model_name_or_path or base_name(root), task_type)
+    base = base_model_name_or_path or base_name(root)
+    return in_one_process(root, lambda: _write(root, folder, base, task_type))
+
+
+def _write(root: nn.Module, folder: str | Path, base: str | None, task_type: str | None) -> float:
+    config = _peft_config(root, base, task_type)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     tensors: dict[str, Tensor] = {}
     for name, module in named_adapters(root):

@@ -69,8 +69,8 @@ def convert(module: nn.Module, r: int, scaling: float, dropout: float, start: St
     module.register_buffer("lora_keep", torch.ones(r, dtype=torch.bool, device=weight.device), persistent=False)
     for name, size in (("lora_A", (r, in_)), ("lora_E", (r, 1)), ("lora_B", (out, r))):
         module.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=dtype, device=weight.device)))
+    nn.init.constant_(module.lora_E, start_value(start))
     if start == "lora":
-        nn.init.ones_(module.lora_E)
         nn.init.uniform_(module.lora_A, -(in_**-0.5), in_**-0.5)
     else:
         for factor in (module.lora_A, module.lora_B):
@@ -79,6 +79,11 @@ def convert(module: nn.Module, r: int, scaling: float, dropout: float, start: St
         with torch.no_grad():
             module.lora_A[:, module.padding_idx] = 0  # the padding row stays what it is
     return module
+
+
+def start_value(start: Start) -> float:
+    """λ of all triplets before training."""
+    return 1.0 if start == "lora" else 0.0
 
 
 def resize(module: SVDAdapter, r: int) -> None:

@@ -1,8 +1,7 @@
 """Leaving AdaLoRA: a plain LoRA folder that every server reads, or merged weights.
 
 For LoRA the scale and Λ go into B, so that every reader's convention gives scale 1. Ragged: each module has
-its own rank (`rank_pattern` equal to `alpha_pattern`), modules of rank 0 are left out. Padded: all modules
-get one rank with zero rows, for servers that know one rank only.
+its own rank (`rank_pattern` equal to `alpha_pattern`), modules of rank 0 are left out. Padded: one rank for all.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from .checkpoint import base_key, base_name, exact_targets
 from .errors import AdapterFileError, InjectionError
 from .files import staged
+from .gathering import in_one_process, refuse_sharded
 from .injection import adapter_config, adapter_root, named_adapters
 from .layers import SVDAdapter, SVDConv, SVDEmbedding
 from .merging import merge, unmerge
@@ -40,15 +40,19 @@ def export_lora(
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
 ) -> float:
-    """Write `model`'s adapter as a PEFT LoRA; atomically. `padded` gives every module the largest rank, or that
-    number.
+    """Write `model`'s adapter as a PEFT LoRA; atomically. `padded`: every module has the largest rank, or that number.
 
-    Returns the largest difference between the increments read back and the live ones, relative to the
-    largest live one. Raises AdapterFileError for a convolution that PEFT's LoRA cannot express, for an
-    adapter without any live triplet, and for a `padded` below the largest rank.
+    Returns the largest difference between the increments read back and the live ones, relative to the largest live
+    one. Every process calls this for a sharded model. Raises AdapterFileError for a convolution that PEFT's LoRA cannot
+    express, for an adapter without any live triplet, and for a `padded` below the largest rank.
     """
     warn_if_unfinished(model)
     root = adapter_root(model)
+    base = base_model_name_or_path or base_name(root)
+    return in_one_process(root, lambda: _write_lora(root, folder, padded, base, task_type))
+
+
+def _write_lora(root: nn.Module, folder: str | Path, padded: bool | int, base: str | None, task: str | None) -> float:
     modules = dict(named_adapters(root))
     factors = {name: _folded(module) for name, module in modules.items()}
     ranks = _stored_ranks({name: A.shape[0] for name, (A, _) in factors.items()}, padded)
@@ -59,8 +63,7 @@ def export_lora(
         tensors[PREFIX + base_key(name, {key: modules[key] for key in ranks})] = value
     expand = {name: _groups(modules[name]) for name in ranks}  # see _lora_tensors
     ranks = {name: rank * expand[name] for name, rank in ranks.items()}
-    config = _lora_config(root, ranks, base_model_name_or_path or base_name(root), task_type)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(_lora_config(root, ranks, base, task), indent=2, sort_keys=True) + "\n"
     check_finite(tensors)
     with staged(folder) as staging:
         save_file(tensors, staging / WEIGHTS_FILE, {"format": "pt"})
@@ -77,6 +80,7 @@ def export_merged(model: nn.Module, folder: str | Path) -> float:
     """
     warn_if_unfinished(model)
     root = adapter_root(model)
+    refuse_sharded(root, "no process holds its weights", "save the adapter, and export from one process")
     if any(module.merged for _, module in named_adapters(root)):
         raise InjectionError("the adapter is merged already; call adalora.unmerge(model) before exporting.")
     with torch.no_grad():

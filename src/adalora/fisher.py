@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.optim import Optimizer
 
 from .importance import update_fisher_
 from .layers import SVDAdapter
+from .sharding import agreed, around, completed, local, place
 
 SQUARES, WEIGHT = _KEYS = "adalora_squares", "adalora_weight"
 
@@ -28,17 +31,19 @@ class FisherAverages:
     def update(self) -> Tensor | None:
         """Take in the gradients of the step just done. Whether they were finite, if there were any."""
         verdicts = []
-        by_device: dict[torch.device, list[SVDAdapter]] = defaultdict(list)
+        by_device: dict[tuple[torch.device, Any], list[SVDAdapter]] = defaultdict(list)
         for module in self._modules:
             if module.lora_E.grad is not None:
-                by_device[module.lora_E.device].append(module)
-        for together in by_device.values():
-            values = torch.cat([module.lora_E.detach() for module in together])  # (sum of r, 1)
-            product = values * torch.cat([module.lora_E.grad for module in together])  # type: ignore[misc]
+                where = place(module.lora_E)
+                by_device[module.lora_E.device, where and where.group].append(module)
+        for (_, group), together in by_device.items():
+            values = torch.cat([local(module.lora_E).detach() for module in together])  # (sum of r, 1), or a part
+            product = values * torch.cat([local(module.lora_E.grad) for module in together])  # type: ignore[arg-type]
             held = {key: [self._held(module, key) for module in together] for key in _KEYS}
             squares, weight = (torch.cat(held[key]) for key in _KEYS)
-            verdicts.append(update_fisher_(squares, weight, product, self._beta))
-            sizes = [module.capacity for module in together]
+            agree = None if group is None else partial(agreed, group=group)
+            verdicts.append(update_fisher_(squares, weight, product, self._beta, agree))
+            sizes = [len(part) for part in held[SQUARES]]
             torch._foreach_copy_(held[SQUARES], torch.split(squares, sizes))
             torch._foreach_copy_(held[WEIGHT], torch.split(weight, sizes))
         return torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all() if verdicts else None
@@ -50,8 +55,10 @@ class FisherAverages:
         for module in self._modules:
             held = [state.get(module.lora_E, {}).get(key) for key in _KEYS]
             known = held[0] is not None and held[1] is not None
-            parts.append(held[0] / held[1].clamp_min(1e-30) if known else torch.zeros_like(module.lora_E))
-        return torch.cat([part.to(device) for part in parts]).view(-1)
+            parts.append(
+                local(held[0]) / local(held[1]).clamp_min(1e-30) if known else torch.zeros_like(local(module.lora_E))
+            )
+        return completed(parts, [module.lora_E for module in self._modules], device)
 
     def drop(self) -> None:
         """Free them: a final pattern asks no more questions, and another basis has other answers."""
@@ -62,7 +69,7 @@ class FisherAverages:
     def _held(self, module: SVDAdapter, key: str) -> Tensor:
         state = self._optimizer.state[module.lora_E]
         if key not in state:
-            state[key] = torch.zeros_like(module.lora_E)
+            state[key] = around(torch.zeros_like(local(module.lora_E).detach()), module.lora_E)
         value = state[key]
         assert isinstance(value, Tensor)
-        return value
+        return local(value)

@@ -12,9 +12,12 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .budget import Budget, check_bounds, plan_budget
 from .config import AdaLoraConfig
-from .conversion import adapter_shape, convert, resize, restore
+from .conversion import adapter_shape, convert, resize, restore, start_value
 from .errors import InjectionError, TrainingError
+from .gathering import refuse_sharded
 from .layers import SVDAdapter
+from .pending import expect_start, start_made
+from .sharding import completed, local
 from .stepsize import usual_alpha
 from .targets import bound, find_targets, matches, saved_modules
 
@@ -22,7 +25,6 @@ M = TypeVar("M", bound=nn.Module)
 
 _CONFIG = "adalora_config"  # where an adapted model remembers its configuration
 _PROGRESS = "adalora_progress"  # and how far training got
-_PENDING = "adalora_start_pending"  # and, until it is made, that its configuration asks for a start from data
 
 
 class Progress(NamedTuple):
@@ -66,8 +68,7 @@ def inject(model: M, config: AdaLoraConfig | None = None) -> M:
         )
     install(model, config, ranks)
     record_progress(model, Progress(0, config.total_step))
-    if config.init_lora_weights in ("gradient", "activation"):
-        setattr(model, _PENDING, config.init_lora_weights)
+    expect_start(model, config.init_lora_weights)
     return model
 
 
@@ -78,6 +79,7 @@ def install(model: M, config: AdaLoraConfig, ranks: dict[str, int]) -> M:
             f"{type(model).__name__} has copied or registered the parameters already, and new ones would not be kept "
             "equal between processes; inject into model.module before wrapping it."
         )
+    refuse_sharded(model, "new parameters would not be", "inject, or load the adapter, before fully_shard")
     model.requires_grad_(False)
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
@@ -99,6 +101,7 @@ def eject(model: M) -> M:
     Biases and `modules_to_save` that trained keep what they learned. Nothing is trainable afterwards.
     """
     root = adapter_root(model)
+    refuse_sharded(root, "FSDP drives its layers", "save the adapter and load a fresh base model")
     root.requires_grad_(False)
     for hooks, ours in (
         (root._load_state_dict_pre_hooks, _follow_loaded_capacity),
@@ -167,9 +170,11 @@ def _follow_loaded_ranks(model: nn.Module, keys: Any) -> None:
     if any(f"{name}.lora_E" in keys.missing_keys for name in modules):
         return
     start_made(model)
-    trained = any(bool(module.lora_E.any()) for module in modules.values())
-    for module in modules.values():
-        live = module.lora_E.detach().view(-1) != 0
+    lambdas = [module.lora_E for module in modules.values()]
+    values = completed([local(parameter).detach() for parameter in lambdas], lambdas, torch.device("cpu"))
+    trained = bool((values != start_value(adapter_config(model).init_lora_weights)).any())
+    for module, part in zip(modules.values(), torch.split(values, list(map(len, lambdas))), strict=True):
+        live = part != 0
         module.lora_keep.copy_(live if trained else torch.ones_like(live))
     if trained and training_progress(model).steps == 0:
         record_progress(model, Progress(None, training_progress(model).total_step))
@@ -177,6 +182,16 @@ def _follow_loaded_ranks(model: nn.Module, keys: Any) -> None:
 
 def adapter_root(model: nn.Module) -> nn.Module:
     """The module that was injected: `model`, or what a wrapper such as DDP holds. Raises InjectionError."""
+    if not isinstance(model, nn.Module):
+        raise InjectionError(
+            f"{type(model).__name__} is no module. If it is a stage of a pipeline over processes: none of these sees "
+            "the scores of all stages, so the budget could not move between them; use device_map, DDP or FSDP2."
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise InjectionError(
+            "FullyShardedDataParallel, FSDP's first version, keeps parameters in flat pieces without rows or columns; "
+            "use torch.distributed.fsdp.fully_shard (accelerate: fsdp_version=2)."
+        )
     roots = [module for module in model.modules() if _CONFIG in vars(module)]
     if not roots:
         raise InjectionError(
@@ -220,27 +235,3 @@ def training_progress(model: nn.Module) -> Progress:
     progress = getattr(adapter_root(model), _PROGRESS)
     assert isinstance(progress, Progress)
     return progress
-
-
-def pending_start(root: nn.Module) -> str | None:
-    """ "gradient" or "activation" if the directions of an adapted model are still to be taken from data."""
-    kind: str | None = vars(root).get(_PENDING)
-    return kind
-
-
-def start_made(root: nn.Module, kind: str | None = None) -> None:
-    """Note that its directions are those to train from, if it was this kind that it waited for."""
-    if kind in (None, pending_start(root)):
-        vars(root).pop(_PENDING, None)
-
-
-def require_start(root: nn.Module) -> None:
-    """Raise TrainingError if the configuration asks for a start from data that was not made."""
-    kind = pending_start(root)
-    if kind is not None:
-        call = f"adalora.start.{kind}_start_(model, batches, {'loss_of' if kind == 'gradient' else 'forward'})"
-        raise TrainingError(
-            f"init_lora_weights={kind!r} asks for directions from data, and the adapter still has random ones. Call "
-            f"{call} with a few batches before the first step (in a transformers Trainer AdaLoraCallback does it), or "
-            "choose init_lora_weights='orthogonal'."
-        )

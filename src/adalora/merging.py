@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .errors import InjectionError
+from .gathering import refuse_sharded
 from .injection import adapter_root, named_adapters
 
 
@@ -16,9 +17,10 @@ def merge(model: nn.Module) -> None:
     """Add every increment to its base weight. The originals are kept, so `unmerge` is exact.
 
     Raises InjectionError for a weight that another module shares: it would change there too; and where the
-    adapter is disabled.
+    adapter is disabled; and for a sharded model, whose weights no process holds whole.
     """
     root = adapter_root(model)
+    refuse_sharded(root, "its weights cannot take the increments", "train and evaluate it unmerged")
     if not all(module.adapter_enabled for _, module in named_adapters(root)):
         raise InjectionError("the adapter is disabled, and merging would enable it; leave adalora.disabled first.")
     uses = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))

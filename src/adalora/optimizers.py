@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .errors import TrainingError
 from .layers import SVDAdapter
+from .sharding import agreed, layout, local, place
 
 # State that torch's optimizers keep in the parameter's own shape. load_state_dict takes any shape.
 _SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
@@ -19,7 +20,14 @@ _SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sq
 
 def unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside wrappers such as accelerate's, which calls itself one but has no hooks."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+    while True:
+        if type(optimizer).__module__.partition(".")[0] == "deepspeed":
+            raise TrainingError(
+                f"{type(optimizer).__name__} of DeepSpeed trains flat pieces of all parameters together, in which no "
+                "triplet can be told from another, at every ZeRO stage; use DDP, or FSDP2 (see docs/scale.md)."
+            )
+        if not isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+            break
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
         raise TrainingError(
@@ -36,6 +44,11 @@ def check_membership(optimizer: Optimizer, modules: Mapping[str, SVDAdapter]) ->
         for key in ("lora_A", "lora_E", "lora_B"):
             parameter = getattr(module, key)
             where = f"{name}.{key}"
+            if parameter.dim() != 2:
+                raise TrainingError(
+                    f"{where} has shape {tuple(parameter.shape)}: something flattened it, as FSDP 1 does; "
+                    "use torch.distributed.fsdp.fully_shard, which leaves parameters their shape."
+                )
             if not parameter.requires_grad:
                 raise TrainingError(
                     f"{where} is frozen; load the adapter with trainable=True, or set requires_grad on it."
@@ -65,6 +78,11 @@ def check_restored_state(optimizer: Optimizer, modules: Mapping[str, SVDAdapter]
             parameter = getattr(module, key)
             for entry, value in optimizer.state.get(parameter, {}).items():
                 known = entry in _SAME_SHAPE or entry in own
+                if known and isinstance(value, Tensor) and layout(value) != layout(parameter):
+                    raise TrainingError(
+                        f"the optimizer's {entry} for {name}.{key} is not spread over the processes as the parameter "
+                        "is; load it with torch.distributed.checkpoint, or adalora.runfolder.load_run."
+                    )
                 if known and isinstance(value, Tensor) and value.shape != parameter.shape:
                     raise TrainingError(
                         f"the optimizer's {entry} for {name}.{key} has shape {tuple(value.shape)}, the parameter "
@@ -76,6 +94,21 @@ def step_is_skipped(optimizer: Optimizer) -> bool:
     """Whether a GradScaler found an overflow and lets a fused optimizer step without effect."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def is_rehearsal(optimizer: Optimizer) -> bool:
+    """Whether the coming step is the one by which torch.distributed.checkpoint makes an optimizer fill its state:
+    the first, with learning rates and gradients that are all zero. It is none of the run. Of a sharded model all agree.
+    """
+    if optimizer.state or any(bool(group.get("lr", 1.0)) for group in optimizer.param_groups):
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return False
+    zero = torch.stack([~local(gradient).any().cpu() for gradient in gradients]).all()
+    for group in dict.fromkeys(where.group for where in map(place, gradients) if where is not None):
+        zero = agreed(zero.to(gradients[0].device), group).cpu()
+    return bool(zero)
 
 
 def loss_scale(optimizer: Optimizer) -> Tensor | float:

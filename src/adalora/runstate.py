@@ -29,6 +29,14 @@ class RunState:
     def _group(self) -> dict[str, Any]:
         return self._optimizer.param_groups[0]
 
+    def begin(self, modules: Mapping[str, SVDAdapter]) -> None:
+        """Write down where a run is that says nothing yet: who loads by a template, as torch.distributed.checkpoint,
+        finds every entry in it.
+        """
+        whole = torch.ones(sum(module.init_capacity for module in modules.values()), dtype=torch.bool)
+        for key, value in ((KEEP, whole), (STEP, 0), (FROZEN, False)):
+            self._group.setdefault(key, value)
+
     @property
     def step(self) -> int:
         """Optimizer steps so far."""

@@ -24,8 +24,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .basis import thin_qr
 from .errors import TrainingError
-from .injection import adapter_root, named_adapters, start_made
+from .gathering import refuse_sharded
+from .injection import adapter_root, named_adapters
 from .layers import SVDAdapter, SVDDense
+from .pending import start_made
 from .sketch import Listener, Sketch, listening, undisturbed
 
 PASSES = 4  # over the batches: onto one side, onto the other, and once more each, which is a power iteration
@@ -137,6 +139,7 @@ def _of_inputs(sketch: Sketch, mean: Tensor, inverse: Tensor, count: Tensor) -> 
 
 def _adapters(model: nn.Module) -> tuple[dict[str, SVDAdapter], dict[str, SVDDense]]:
     """All adapted modules of `model` with a triplet, and those of them that are one matrix product."""
+    refuse_sharded(model, "a start cannot reach its factors", "call it before fully_shard")
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise TrainingError(
             f"{type(model).__name__} keeps its processes equal through gradients, which a start does not use; call it "

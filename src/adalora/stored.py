@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from .errors import AdaLoraWarning, AdapterFileError
 from .injection import adapter_config, adapter_root, named_adapters, trained_biases, training_progress
 from .layers import SVDAdapter
+from .sharding import whole
 from .targets import saved_modules
 
 
 def acting(module: SVDAdapter) -> Tensor:
     """Bool tensor (r,): the triplets to store."""
-    return module.lora_keep | (module.lora_E.detach().view(-1) != 0)
+    return module.lora_keep | (whole(module.lora_E).detach().view(-1) != 0)
 
 
 def acting_factors(module: SVDAdapter) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,8 +14,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import ConfigError
-from ..injection import adapter_config, adapter_root, named_adapters, start_made, trained_biases
+from ..injection import adapter_config, adapter_root, named_adapters, trained_biases
 from ..methods.base import Method
+from ..pending import start_made
 from ..recipe import Recipe
 from ..targets import saved_modules
 from ..tasks.foreign import one_line, silenced

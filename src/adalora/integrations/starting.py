@@ -13,7 +13,8 @@ from torch import Tensor, distributed, nn
 
 from ..config import AdaLoraConfig
 from ..errors import TrainingError
-from ..injection import adapter_root, named_adapters, pending_start
+from ..injection import adapter_root, named_adapters
+from ..pending import pending_start
 from ..start import PASSES, activation_start_, gradient_start_
 
 START_STEPS = 8  # optimizer steps whose number of rows a start sees

@@ -59,8 +59,9 @@ class AdaLoraCallback(TrainerCallback):
         """Adapt the model, before there is an optimizer."""
         if args.deepspeed or args.fsdp:
             raise TrainingError(
-                "AdaLoraCallback supports one device and DDP; DeepSpeed and FSDP shard the adapter. Unset "
-                "`deepspeed` and `fsdp` in TrainingArguments."
+                "AdaLoraCallback supports one process, device_map and DDP: with DeepSpeed and FSDP a Trainer writes "
+                "its checkpoints from one process, which does not hold the adapter. Unset `deepspeed` and `fsdp` in "
+                "TrainingArguments, or use FSDP2 in a loop of your own or accelerate's (docs/scale.md)."
             )
         model: nn.Module = kwargs["model"]
         if not is_adapted(model):

@@ -1,0 +1,232 @@
+"""More than one process: the same decisions, the same adapter, and everything refused that cannot be so.
+
+`processes.py` trains in four gloo processes; here one process does the same with the whole batch.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adalora
+import processes
+from adalora.errors import AdapterFileError
+from adalora.injection import named_adapters
+from adalora.runfolder import MANIFEST, load_run, save_run
+from processes import STEPS, WORLD, Branched, Net, Run, adapted, bytes_held, penalty_alone, said
+
+pytestmark = pytest.mark.slow
+
+Reports = dict[str, list[Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the four processes, which all tests of this file share, wrote what they saw."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, processes.__file__, str(folder)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(folder: Path) -> Reports:
+    """By name of the check, what each process reports."""
+    return {
+        name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(WORLD)]
+        for name in processes.CHECKS
+    }
+
+
+def alone(kind: type[processes.Net] = processes.Net, **settings: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    report: dict[str, Any] = json.loads(json.dumps(Run(adapted(kind, **settings)).train().report()))
+    return report
+
+
+def furthest(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference of two adapters, relative to the largest entry of each matrix."""
+    assert one["factors"].keys() == other["factors"].keys()
+    worst = 0.0
+    for name in one["factors"]:
+        a, b = torch.tensor(one["factors"][name]), torch.tensor(other["factors"][name])
+        worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-3)))
+    return worst
+
+
+TWINS: dict[str, dict[str, Any]] = {
+    "ddp_4": {},
+    "ddp_2_accumulating": {},
+    "ddp_4_with_an_unused_branch": {"kind": Branched},
+    "fsdp_4": {},
+    "fsdp_2": {},
+    "fsdp_2_fisher": {"importance": "fisher"},
+    "fsdp_2_magnitude": {"importance": "magnitude"},
+    "fsdp_with_replicas": {},
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_several_processes_decide_as_one_does(name: str, reports: Reports) -> None:
+    """Every mask of every allocation, bit for bit; the adapter to what sums in another order round to."""
+    expected = alone(**TWINS[name])
+    assert len(expected["masks"]) == 5 and len({json.dumps(mask) for mask in expected["masks"]}) > 2
+    for report in reports[name]:
+        assert report["masks"] == expected["masks"]
+        assert (report["live"], report["step"], report["skipped"]) == (expected["live"], STEPS, 0)
+        assert furthest(report, expected) < 2e-4
+        assert report["factors"] == reports[name][0]["factors"]  # no process drifts from another
+
+
+@pytest.mark.parametrize("how", ["ddp 4", "fsdp 4", "fsdp 2", "fsdp 4 squared"])
+def test_the_regularizer_is_as_strong_in_any_number_of_processes(how: str, reports: Reports) -> None:
+    form = "squared" if how.endswith("squared") else "norm"
+    expected = penalty_alone(Run(adapted(orth_reg_form=form)))
+    assert min(expected) > 1e-4
+    for report in reports["penalty"]:
+        assert report[how] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sharded_adapter_is_one_folder(folder: Path, reports: Reports) -> None:
+    expected = Run(adapted()).train()
+    model = adalora.load_adapter(Net(), folder / "adapter")
+    for (name, module), (_, other) in zip(named_adapters(model), named_adapters(expected.model), strict=True):
+        assert module.rank == other.rank == sum(reports["fsdp_4"][0]["masks"][-1][name])
+        torch.testing.assert_close(module.delta_weight(), other.delta_weight(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model.head.weight, expected.model.head.weight, rtol=1e-4, atol=1e-5)
+    for report in reports["fsdp_4"]:
+        assert report["difference"] == 0.0
+        assert report["penalty"] == pytest.approx(
+            float(adalora.orthogonality_penalty(expected.model).detach()), rel=1e-4
+        )
+    assert (folder / "lora" / "adapter_model.safetensors").is_file()
+    adalora.load_adapter(Net(), folder / "replicated")
+
+
+def test_each_process_holds_its_part_of_parameters_and_state(reports: Reports) -> None:
+    run = Run(adapted()).train(range(8))
+    held, parts = bytes_held(run.model, run.optimizer), [report["bytes"] for report in reports["fsdp_4"]]
+    for kind in ("frozen", "trained", "state"):
+        assert sum(part[kind] for part in parts) == held[kind]
+        assert max(part[kind] for part in parts) < 0.4 * held[kind]  # rank 3 over four is uneven
+
+
+def test_a_fault_in_one_part_stops_importance_in_all(reports: Reports) -> None:
+    for report in reports["fsdp_4_with_a_fault_in_one_shard"]:
+        assert report["averages"] == 30 and report["kept"] and report["skipped"] == 1
+        assert "are not finite: the run has diverged" in report["next allocation"]
+
+
+def test_a_sharded_run_resumes_bit_for_bit_and_in_another_number_of_processes(folder: Path, reports: Reports) -> None:
+    expected = alone()
+    one = Run(adapted())
+    assert load_run(one.model, one.optimizer, folder / "run") == {"step": 9}
+    report = one.train(range(9, STEPS)).report()
+    assert report["masks"] == expected["masks"][-len(report["masks"]) :]
+    assert furthest(report, expected) < 2e-4
+    for report in reports["resuming"]:
+        assert report["same masks"] and report["same bits"]
+        assert furthest(report["two"], expected) < 2e-4
+        assert "holds a run already" in report["twice"]
+        assert "'s embed" not in report["other"] and "holds the run of another model" in report["other"]
+
+
+def test_a_run_resumes_by_torchs_own_functions(reports: Reports) -> None:
+    for report in reports["resuming_with_torchs_own_functions"]:
+        assert report["steps counted by a look"] == 0
+        assert report["steps counted of a warm-up"] == 1
+        assert report["9"] == report["13"] == [True, True, True]
+
+
+def test_accelerates_fsdp_is_the_same_run_and_resumes_by_save_state(folder: Path, reports: Reports) -> None:
+    expected = alone()
+    for first, again in reports["accelerated"]:
+        assert all(first["sharded"]) and all(again["sharded"])
+        assert first["masks"] == expected["masks"]
+        assert furthest(first, expected) < 2e-4
+        assert again["factors"] == first["factors"] and again["live"] == first["live"]
+    model = adalora.load_adapter(Net(), folder / "from accelerate")
+    assert {name: module.rank for name, module in named_adapters(model)} == {
+        name: sum(keep) for name, keep in expected["masks"][-1].items()
+    }
+
+
+REFUSALS = {
+    "merge": "InjectionError: 'FSDPNet' is sharded over processes, so its weights cannot take the increments",
+    "eject": "InjectionError: 'FSDPNet' is sharded over processes, so FSDP drives its layers",
+    "export_merged": "InjectionError: 'FSDPNet' is sharded over processes, so no process holds its weights",
+    "inject": "InjectionError: 'blocks.0' is sharded over processes, so new parameters would not be; inject",
+    "first version": "InjectionError: FullyShardedDataParallel, FSDP's first version, keeps parameters in flat pieces",
+    "flattened": "TrainingError: embed.lora_A has shape (",
+    "refactor": "TrainingError: refactor=True needs the whole factors of 'embed'",
+    "compact": "TrainingError: compaction in a group of 4 processes",
+    "stale": "TrainingError: embed.lora_A is not in the optimizer",
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_what_a_sharded_model_cannot_do_is_refused_by_name(what: str, reports: Reports) -> None:
+    for report in reports["refusals"]:
+        assert report[what].startswith(REFUSALS[what])
+        assert report["untouched"]
+
+
+def test_a_failed_write_is_an_error_in_every_process(reports: Reports) -> None:
+    first, *others = (report["unwritable"] for report in reports["refusals"])
+    assert first.startswith("AdapterFileError: cannot write to '/proc/nowhere'")
+    assert set(others) == {"AdapterFileError: the first process could not write the adapter; its own message says why."}
+
+
+# --- One process is enough ----------------------------------------------------------------------------------
+
+
+def test_a_damaged_run_is_not_continued(tmp_path: Path) -> None:
+    run = Run(adapted()).train(range(3))
+    save_run(run.model, run.optimizer, tmp_path / "run", {"epoch": 1})
+    [shard] = (tmp_path / "run").glob("shard-*.safetensors")
+    good, text = shard.read_bytes(), (tmp_path / "run" / MANIFEST).read_text()
+
+    def load() -> str:
+        other = Run(adapted())
+        return said(lambda: load_run(other.model, other.optimizer, tmp_path / "run"))
+
+    assert load() == "nothing was raised"
+    shard.write_bytes(good[:200] + bytes([good[200] ^ 1]) + good[201:])
+    assert "is damaged; take an earlier run" in load()
+    shard.unlink()
+    assert "is missing; take an earlier run" in load()
+    shard.write_bytes(good)
+    for broken in ("", "{", "[]", "{}", text.replace("0.03", "0.3"), text[:-9], "[" * 100_000):
+        (tmp_path / "run" / MANIFEST).write_text(broken)
+        assert "is damaged" in load()
+    (tmp_path / "run" / MANIFEST).unlink()
+    assert "holds no complete run" in load()
+    save_run(run.model, run.optimizer, tmp_path / "run")  # over the torn one
+    assert load() == "nothing was raised"
+
+
+def test_an_optimizer_of_deepspeed_is_refused_by_name() -> None:
+    kind = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
+    model = adapted()
+    with pytest.raises(adalora.AdaLoraError, match="DeepSpeedZeroOptimizer of DeepSpeed trains flat pieces"):
+        adalora.RankAllocator(model).attach(kind())
+
+
+def test_extra_must_be_json(tmp_path: Path) -> None:
+    run = Run(adapted())
+    with pytest.raises(AdapterFileError, match="must be of JSON's types"):
+        save_run(run.model, run.optimizer, tmp_path, {"rows": {1, 2}})
+
+
+def test_a_stage_of_a_pipeline_is_refused_by_name() -> None:
+    stage: Any = type("PipelineStage", (), {})()
+    with pytest.raises(adalora.AdaLoraError, match=r"PipelineStage is no module.*could not move between them"):
+        adalora.RankAllocator(stage)
