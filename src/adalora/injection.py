@@ -15,6 +15,8 @@ from .config import AdaLoraConfig
 from .conversion import adapter_shape, convert, resize, restore
 from .errors import InjectionError, TrainingError
 from .layers import SVDAdapter
+from .quantized import weight_size
+from .quantizedmodels import prepare, refuse_trained, release
 from .stepsize import usual_alpha
 from .targets import bound, find_targets, matches, saved_modules
 
@@ -75,6 +77,9 @@ def install(model: M, config: AdaLoraConfig, ranks: dict[str, int]) -> M:
             f"{type(model).__name__} has copied or registered the parameters already, and new ones would not be kept "
             "equal between processes; inject into model.module before wrapping it."
         )
+    for name, module in saved_modules(model, config):
+        refuse_trained(name, module)
+    prepare(model)
     model.requires_grad_(False)
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
@@ -105,6 +110,7 @@ def eject(model: M) -> M:
             del hooks[key]
     for _, module in named_adapters(root):
         restore(module)
+    release(root)
     delattr(root, _CONFIG)
     delattr(root, _PROGRESS)
     return model
@@ -201,8 +207,8 @@ def model_budget(model: nn.Module) -> Budget:
 
 
 def base_size(model: nn.Module) -> int:
-    """Parameters of `model` without those of adapters."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+    """Parameters of `model` without those of adapters; a quantized weight counts as what it stands for."""
+    return sum(weight_size(p) for name, p in model.named_parameters() if ".lora_" not in name)
 
 
 def record_progress(root: nn.Module, progress: Progress) -> None:

@@ -20,6 +20,7 @@ from .config import ALL_LINEAR, AdaLoraConfig
 from .conversion import adapter_type
 from .errors import InjectionError
 from .layers import SVDAdapter, SVDEmbedding, SVDLinear, embed_scale
+from .quantized import overrides_forward_knowingly
 
 Pattern = str | Collection[str] | None
 
@@ -123,7 +124,8 @@ def refusal(module: nn.Module, parent: nn.Module) -> str | None:
             "in evaluation nn.TransformerEncoderLayer reads this weight without calling the layer; switch that "
             "off with torch.backends.mha.set_fastpath_enabled(False) before injecting."
         )
-    if type(module).forward is not kind.base_type.forward and not _is_scaled_embedding(module):
+    own = type(module).forward is not kind.base_type.forward
+    if own and not _is_scaled_embedding(module) and not overrides_forward_knowingly(type(module)):
         return "its class overrides forward in a way that no adapter knows."
     return _embedding_refusal(module) if isinstance(module, nn.Embedding) else None
 

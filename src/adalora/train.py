@@ -41,6 +41,7 @@ from .report import RankReport, rank_report
 from .resolve import PATIENCE, check_training, resolve_model, resolve_recipe, resolve_training, training_arguments
 from .resuming import last_checkpoint, require_same, resumed, rewind
 from .tasks.base import Task, build_task
+from .tasks.quantization import check_quantization
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False) -> Ru
 def check(recipe: Recipe, out: Path) -> Method:
     """The recipe's method, if its sections method and training hold. Raises ConfigError; reads no data."""
     method = build_method(recipe.method)
+    check_quantization(recipe)
     check_training(recipe, out)
     return method
 
