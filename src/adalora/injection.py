@@ -39,7 +39,17 @@ def inject(model: M, config: AdaLoraConfig | None = None) -> M:
     Trainable afterwards: the adapters, `modules_to_save`, and the biases that `bias` asks for. Raises
     InjectionError, leaving the model as it was, if nothing matches or a match cannot be adapted.
     """
-    config = config or AdaLoraConfig()
+    _inject(uncompiled(model), config or AdaLoraConfig())
+    return model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper, by whose names files go; any other model is returned as it is."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+def _inject(model: nn.Module, config: AdaLoraConfig) -> None:
     if hasattr(model, "peft_config"):
         raise InjectionError(
             f"{type(model).__name__} already carries PEFT adapters; take them out with model.unload() and "
@@ -67,7 +77,6 @@ def inject(model: M, config: AdaLoraConfig | None = None) -> M:
         )
     install(model, config, ranks)
     record_progress(model, Progress(0, config.total_step))
-    return model
 
 
 def install(model: M, config: AdaLoraConfig, ranks: dict[str, int]) -> M:

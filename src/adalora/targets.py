@@ -115,6 +115,11 @@ def refusal(module: nn.Module, parent: nn.Module) -> str | None:
         return "its weight is parametrized; remove the parametrization first."
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "it is lazy and has no weight yet; run one forward pass first."
+    if getattr(vars(module).get("_hf_hook"), "offload", False):
+        return (
+            "accelerate offloads it, and would take the adapter along: new parameters in each forward, which no "
+            "optimizer trains. Load the model whole, or in few bits, or accelerate.cpu_offload_with_hook it."
+        )
     if "forward" in vars(module):
         return "its forward was replaced on the instance (a device map does that); inject before it."
     if isinstance(parent, nn.MultiheadAttention):
