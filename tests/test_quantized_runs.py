@@ -268,6 +268,20 @@ def test_a_recipe_names_the_quantization_and_its_head_stays_as_it_is(
     assert model.classifier.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("given", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["nf4", "int8"])
+def test_a_plan_knows_the_memory_of_a_quantized_base(given: dict[str, Any], world: Path) -> None:
+    from adalora.commands.planning import plan_facts
+
+    recipe = load_recipe("text-classification", settings(world, quantization_config=given))
+    planned = plan_facts(recipe, 2, 10, False)["memory"]["base weights"]
+    model: Any = load_model(AutoModelForSequenceClassification, str(world / "bert"), recipe, num_labels=2)
+    head = sum(p.nbytes for p in model.classifier.parameters())
+    scales = [m.SCB.nbytes for m in (layer.weight for layer in model.modules() if hasattr(layer, "state"))]
+    states = [layer.weight.quant_state for layer in model.modules() if hasattr(layer, "quant_state")]
+    scales += [state.absmax.nbytes + state.state2.absmax.nbytes for state in states]
+    assert planned == pytest.approx(sum(p.nbytes for p in model.parameters()) - head + sum(scales), rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

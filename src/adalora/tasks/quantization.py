@@ -86,14 +86,25 @@ def skeleton(auto: Any, config: Any, recipe: Recipe) -> Any:
         return auto.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
 
 
-def weight_bytes(recipe: Recipe, module: nn.Module) -> float | None:
-    """Bytes for each number in the weight of a quantized linear layer, its scales included, where they are known."""
+def frozen_bytes(model: Any, recipe: Recipe) -> int:
+    """Memory of what does not train in a prepared model, in the recipe's type and bits; known for 4 and 8 bits."""
+    size = getattr(torch, recipe.model.dtype or "float32").itemsize
+    frozen = sum(p.numel() * size for p in model.parameters() if not p.requires_grad)
+    getter = getattr(model, "get_output_embeddings", None)
+    for module in model.modules() if recipe.model.quantization_config else ():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and module is not (getter and getter()):
+            frozen -= int(module.weight.numel() * (size - _weight_bytes(recipe, module.in_features, size)))
+    return frozen
+
+
+def _weight_bytes(recipe: Recipe, inputs: int, else_: float) -> float:
+    """Bytes for a number in a linear layer's weight, its scales included."""
     section = resolved_quantization(recipe.model.quantization_config) or {}
-    if section.get("load_in_4bit"):  # a scale for 64 numbers, and of those one for 256
+    if section.get("load_in_4bit"):  # a scale for 64 numbers, of one byte with another scale for 256, or of four
         return 0.5 + (1 / 64 + 4 / (64 * 256) if section.get("bnb_4bit_use_double_quant") else 4 / 64)
     if section.get("load_in_8bit") or section.get("quant_type") == "Int8WeightOnlyConfig":
-        return 1 + 4 / int(getattr(module, "in_features", 1))
-    return None
+        return 1 + 4 / inputs
+    return else_
 
 
 def _is_bitsandbytes(section: dict[str, Any]) -> bool:
