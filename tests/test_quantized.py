@@ -17,6 +17,7 @@ from adalora import AdaLoraConfig, RankAllocator
 from adalora.errors import InjectionError
 from adalora.injection import Progress, base_size, model_budget, named_adapters, record_progress
 from adalora.quantized import dequantized, is_quantized
+from adalora.quantizedmodels import rounds_inputs
 from tiny import peft_warnings, relative
 
 for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # what they say of this CPU at import
@@ -243,6 +244,15 @@ def test_a_dequantized_folder_is_the_plain_model_that_the_merge_is(kind: str, tm
     whole.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert relative(whole(x), live) < 2 * EXACT[kind]
     assert torch.equal(model(x), live)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_int8_of_bitsandbytes_rounds_its_inputs(kind: str) -> None:
+    """There a rounding of 1e-6 before a layer may be one of a percent behind it, and a reload is compared to that."""
+    model, (x, _) = adapted(kind), batch()
+    moved = relative(model(x * (1 + 1e-6)), model(x))
+    assert rounds_inputs(model) == (kind == "int8")
+    assert moved < EXACT[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)

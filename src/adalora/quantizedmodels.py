@@ -57,6 +57,11 @@ def release(model: nn.Module) -> None:
             quantizer.__class__ = type(quantizer).__mro__[1]
 
 
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether a layer rounds what comes in to a few bits, so that two orders of one sum may give outputs a step apart."""
+    return any(library_of(module) == "bitsandbytes" and hasattr(module, "state") for module in model.modules())
+
+
 def refuse_trained(name: str, module: nn.Module) -> None:
     """Raise InjectionError if `module`, which shall train whole, holds a quantized layer."""
     for inner, layer in module.named_modules():
