@@ -155,6 +155,7 @@ def save_llama(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_bf16_llama_in_nf4_learns_with_32_bit_adapters_and_generates_as_before_when_merged(tmp_path: Path) -> None:
     """QLoRA as it is used: bf16 computation on NF4, all linear layers, activations recomputed."""
     quantization = BitsAndBytesConfig(

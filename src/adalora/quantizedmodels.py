@@ -58,7 +58,7 @@ def release(model: nn.Module) -> None:
 
 
 def rounds_inputs(model: nn.Module) -> bool:
-    """Whether a layer rounds what comes in to a few bits, so that two orders of one sum may give outputs a step apart."""
+    """Whether a layer rounds its inputs to a few bits, so that two orders of one sum may give outputs a step apart."""
     return any(library_of(module) == "bitsandbytes" and hasattr(module, "state") for module in model.modules())
 
 
