@@ -8,12 +8,13 @@ if TYPE_CHECKING:
     from .checkpoint import load_adapter, save_adapter
     from .config import AdaLoraConfig
     from .errors import AdaLoraError, AdaLoraWarning
-    from .export import export_lora, export_merged
+    from .export import export_lora
     from .grouping import parameter_groups
     from .injection import adapter_parameters, eject, inject
     from .merging import disabled, merge, merged, unmerge
     from .regularizer import orthogonality_penalty
     from .report import rank_report
+    from .whole import export_merged
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,7 @@ _HOME = {
     "disabled": "merging",
     "eject": "injection",
     "export_lora": "export",
-    "export_merged": "export",
+    "export_merged": "whole",
     "inject": "injection",
     "load_adapter": "checkpoint",
     "merge": "merging",

@@ -21,6 +21,7 @@ from .masking import mask_, set_pattern_
 from .optimizers import (
     check_dtype,
     check_membership,
+    check_place,
     check_restored_state,
     is_rehearsal,
     loss_scale,
@@ -157,6 +158,7 @@ class Attachment:
             if "lora_E" not in own:
                 raise TrainingError(f"{name!r} was ejected, but an allocator still drives it; call detach() on that.")
             if own["lora_A"] is not factors[0]:
+                check_place(f"{name}.lora_A", module.lora_A)
                 raise TrainingError(
                     f"{name!r} has other parameters than when the allocator was attached, and the optimizer trains the "
                     "old ones; build a new optimizer and attach to that."

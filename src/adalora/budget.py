@@ -23,6 +23,11 @@ class Budget:
     target: int
     minimum: dict[str, int]
 
+    @property
+    def rank(self) -> float:
+        """Triplets a matrix in the end, as a mean by cost."""
+        return self.target / sum(self.costs.values())
+
 
 def plan_budget(
     config: AdaLoraConfig, shapes: Mapping[str, tuple[int, int]], capacities: Mapping[str, int], base: int

@@ -23,7 +23,7 @@ from .config import AdaLoraConfig
 from .errors import AdapterFileError
 from .files import staged
 from .gathering import in_one_process
-from .injection import adapter_config, adapter_root, install, named_adapters, training_progress
+from .injection import adapter_config, adapter_root, install, named_adapters, training_progress, uncompiled
 from .layers import SVDAdapter
 from .reading import CONFIG_FILE, PREFIX, WEIGHTS_FILE, StoredAdapter, config_digest, read_adapter, tensors_digest
 from .schedule import Schedule
@@ -82,7 +82,11 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     run of any length: `total_step` is unset, and phases in steps become fractions of the run that is over.
     Raises AdapterFileError, naming file, key and shapes, and leaves the model as it was.
     """
-    stored = read_adapter(folder)
+    _load(uncompiled(model), read_adapter(folder), trainable)
+    return model
+
+
+def _load(model: nn.Module, stored: StoredAdapter, trainable: bool) -> None:
     stored.check_against(model)
     config = _for_another_run(stored.config) if trainable else stored.config
     install(model, config, {name: factors[1].shape[0] for name, factors in stored.factors.items()})
@@ -97,7 +101,6 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
         state = model.state_dict(keep_vars=True)
         for name, value in stored.whole.items():
             state[name].copy_(value)
-    return model
 
 
 def _for_another_run(config: AdaLoraConfig) -> AdaLoraConfig:

@@ -86,6 +86,8 @@ def run_app() -> int:
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_time=False, show_path=False, markup=False, highlighter=None)
     logging.getLogger("adalora").addHandler(handler)
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # which tell of kernels for other machines
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app()
     except AdaLoraError as error:

@@ -1,4 +1,4 @@
-"""Leaving AdaLoRA: a plain LoRA folder that every server reads, or merged weights.
+"""Leaving AdaLoRA: a plain LoRA folder that every server reads. Merged weights are in `whole`.
 
 For LoRA the scale and Λ go into B, so that every reader's convention gives scale 1. Ragged: each module has
 its own rank (`rank_pattern` equal to `alpha_pattern`), modules of rank 0 are left out. Padded: one rank for all.
@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .checkpoint import base_key, base_name, exact_targets
-from .errors import AdapterFileError, InjectionError
+from .errors import AdapterFileError
 from .files import staged
-from .gathering import in_one_process, refuse_sharded
+from .gathering import in_one_process
 from .injection import adapter_config, adapter_root, named_adapters
 from .layers import SVDAdapter, SVDConv, SVDEmbedding
-from .merging import merge, unmerge
 from .reading import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from .stored import acting_factors, check_finite, increment, probe, warn_if_unfinished, whole_tensors
 
@@ -69,61 +67,6 @@ def _write_lora(root: nn.Module, folder: str | Path, padded: bool | int, base: s
         save_file(tensors, staging / WEIGHTS_FILE, {"format": "pt"})
         (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
         return _check_lora(modules, staging, folder)
-
-
-def export_merged(model: nn.Module, folder: str | Path) -> float:
-    """Write the base model with every increment added to its weight; atomically. The model itself is unchanged.
-
-    A transformers model is written by its own save_pretrained, any other as `model.safetensors`. Returns the
-    largest difference between a weight read back and W + s·ΔW in the adapter's precision, relative to the
-    largest increment: the rounding to the base's dtype.
-    """
-    warn_if_unfinished(model)
-    root = adapter_root(model)
-    refuse_sharded(root, "no process holds its weights", "save the adapter, and export from one process")
-    if any(module.merged for _, module in named_adapters(root)):
-        raise InjectionError("the adapter is merged already; call adalora.unmerge(model) before exporting.")
-    with torch.no_grad():
-        wanted = {
-            f"{name}.weight": (module.weight.to(module.lora_A.dtype) + module.delta_weight()).cpu()
-            for name, module in named_adapters(root)
-        }
-    check_finite(wanted)
-    merge(root)
-    try:
-        own = {f"{name}.{part}" for name, _ in named_adapters(root) for part in ("lora_A", "lora_E", "lora_B")}
-        state = {key: value for key, value in root.state_dict().items() if key not in own}
-        with staged(folder) as staging:
-            if hasattr(root, "base_model_prefix"):  # others have a save_pretrained too, but not this one
-                _save_pretrained(root, staging, state)
-            else:
-                save_file(_unshared(state), staging / "model.safetensors", {"format": "pt"})
-            relative = _check_merged(root, wanted, staging)
-            _refuse_stale(staging, Path(folder))
-    finally:
-        unmerge(root)
-    logger.info("reload check of %s: max difference %.1e of the largest increment", folder, relative)
-    return relative
-
-
-def _save_pretrained(root: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
-    # An integration may have narrowed the instance to its adapter; the class still writes everything.
-    narrowed = vars(root).pop("_keys_to_ignore_on_save", None)
-    try:
-        type(root).save_pretrained(root, folder, state_dict=state)  # type: ignore[attr-defined]
-    finally:
-        if narrowed is not None:
-            setattr(root, "_keys_to_ignore_on_save", narrowed)  # noqa: B010
-
-
-def _refuse_stale(staging: Path, folder: Path) -> None:
-    """Weights of another model, or of more shards, that would stay beside the new ones and be loaded with them."""
-    stale = {file.name for file in folder.glob("*.safetensors")} - {file.name for file in staging.iterdir()}
-    if stale:
-        raise AdapterFileError(
-            f"{str(folder)!r} holds {sorted(stale)[0]!r} already, which a reader could take for a part of this model; "
-            "remove it, or choose another folder."
-        )
 
 
 def _stored_ranks(ranks: dict[str, int], padded: bool | int) -> dict[str, int]:
@@ -222,29 +165,9 @@ def _check_lora(modules: dict[str, SVDAdapter], staging: Path, folder: str | Pat
     return _verdict(worst, largest, folder)
 
 
-def _check_merged(root: nn.Module, wanted: dict[str, Tensor], folder: Path) -> float:
-    worst, largest, found = 0.0, 0.0, set()
-    modules = {f"{name}.weight": module for name, module in named_adapters(root)}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for key in wanted.keys() & set(weights.keys()):
-                found.add(key)
-                worst = max(worst, float((weights.get_tensor(key).to(wanted[key].dtype) - wanted[key]).abs().max()))
-                largest = max(largest, float(modules[key].delta_weight().detach().abs().max()))
-    if missing := wanted.keys() - found:
-        raise AdapterFileError(f"the model's save_pretrained leaves out {sorted(missing)[0]!r}; nothing was written.")
-    return worst / largest if largest else worst
-
-
 def _verdict(worst: float, largest: float, folder: str | Path) -> float:
     relative = worst / largest if largest else worst
     logger.info("reload check of %s: max difference %.1e of the largest increment", folder, relative)
     if relative > TOLERANCE:
         raise AdapterFileError(f"the adapter read back from {str(folder)!r} differs by {relative:.3e}; do not use it.")
     return relative
-
-
-def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One entry for each storage: the file format refuses tied tensors."""
-    first = {(value.data_ptr(), value.shape): key for key, value in reversed(state.items())}
-    return {key: state[key].contiguous() for key in state if key in first.values()}

@@ -17,6 +17,8 @@ from .errors import InjectionError, TrainingError
 from .gathering import refuse_sharded
 from .layers import SVDAdapter
 from .pending import expect_start, start_made
+from .quantized import weight_size
+from .quantizedmodels import prepare, refuse_trained, release
 from .sharding import completed, local
 from .stepsize import usual_alpha
 from .targets import bound, find_targets, matches, saved_modules
@@ -40,7 +42,17 @@ def inject(model: M, config: AdaLoraConfig | None = None) -> M:
     Trainable afterwards: the adapters, `modules_to_save`, and the biases that `bias` asks for. Raises
     InjectionError, leaving the model as it was, if nothing matches or a match cannot be adapted.
     """
-    config = config or AdaLoraConfig()
+    _inject(uncompiled(model), config or AdaLoraConfig())
+    return model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper, by whose names files go; any other model is returned as it is."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+def _inject(model: nn.Module, config: AdaLoraConfig) -> None:
     if hasattr(model, "peft_config"):
         raise InjectionError(
             f"{type(model).__name__} already carries PEFT adapters; take them out with model.unload() and "
@@ -63,13 +75,10 @@ def inject(model: M, config: AdaLoraConfig | None = None) -> M:
     budget = plan_budget(config, shapes, ranks, base_size(model))
     check_bounds(config, ranks, budget)
     if config.lora_alpha is None:
-        config = dataclasses.replace(
-            config, lora_alpha=usual_alpha(config, shapes, budget.target / sum(budget.costs.values()))
-        )
+        config = dataclasses.replace(config, lora_alpha=usual_alpha(config, shapes, budget.rank))
     install(model, config, ranks)
     record_progress(model, Progress(0, config.total_step))
     expect_start(model, config.init_lora_weights)
-    return model
 
 
 def install(model: M, config: AdaLoraConfig, ranks: dict[str, int]) -> M:
@@ -80,6 +89,9 @@ def install(model: M, config: AdaLoraConfig, ranks: dict[str, int]) -> M:
             "equal between processes; inject into model.module before wrapping it."
         )
     refuse_sharded(model, "new parameters would not be", "inject, or load the adapter, before fully_shard")
+    for name, module in saved_modules(model, config):
+        refuse_trained(name, module)
+    prepare(model)
     model.requires_grad_(False)
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
@@ -111,6 +123,7 @@ def eject(model: M) -> M:
             del hooks[key]
     for _, module in named_adapters(root):
         restore(module)
+    release(root)
     delattr(root, _CONFIG)
     delattr(root, _PROGRESS)
     start_made(root)
@@ -221,8 +234,8 @@ def model_budget(model: nn.Module) -> Budget:
 
 
 def base_size(model: nn.Module) -> int:
-    """Parameters of `model` without those of adapters."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+    """Parameters of `model` without those of adapters; a quantized weight counts as what it stands for."""
+    return sum(weight_size(p) for name, p in model.named_parameters() if ".lora_" not in name)
 
 
 def record_progress(root: nn.Module, progress: Progress) -> None:

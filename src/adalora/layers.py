@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import adapted_linear, autocasts, delta_matrix, like, low_rank_embedding, low_rank_linear
+from .quantized import Into, is_quantized, library_of, merged_weight, plain_output, put_weight, whole_weight
 
 
 class SVDAdapter(nn.Module):
@@ -58,9 +59,9 @@ class SVDAdapter(nn.Module):
         raise NotImplementedError
 
     def delta_weight(self) -> Tensor:
-        """s·ΔW in the shape of the base weight and the dtype of the adapter."""
+        """s·ΔW in the shape of the base weight, before any packing, and the dtype of the adapter."""
         delta = delta_matrix(self.lora_A, self.lora_E, self.lora_B, self.scaling)
-        return (delta.T if self.transposed else delta).reshape(self.weight.shape)
+        return delta.T if self.transposed else delta
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input after the adapter's own dropout."""
@@ -81,8 +82,11 @@ class SVDAdapter(nn.Module):
         """Whether the weight already contains ΔW."""
         return self.base_weight is not None
 
-    def merge(self) -> None:
-        """Put W + s·ΔW in the place of the weight, and the original aside: nothing is copied. No-op if merged."""
+    def merge(self, into: Into | None = None, dtype: torch.dtype | None = None) -> None:
+        """Put W + s·ΔW in the place of the weight, and the original aside: nothing is copied. No-op if merged.
+
+        `into` and `dtype` are for quantized weights, as in `quantized.merged_weight`.
+        """
         if self.merged:
             return
         with torch.no_grad():
@@ -126,7 +130,8 @@ class SVDDense(SVDAdapter):
     def forward(self, x: Tensor) -> Tensor:
         acts = self.adapter_enabled and not self.merged and self.capacity
         if not acts or not self._in_one_step(x):
-            return super().forward(x)
+            plain = self.merged and library_of(self) and not is_quantized(self)
+            return plain_output(self, x) if plain else super().forward(x)
         weight, factors = self.weight.t() if self.transposed else self.weight, (self.lora_A, self.lora_E, self.lora_B)
         dropout = self.lora_dropout if self.training else 0.0
         return adapted_linear(x, weight, self.bias, factors, self.scaling, dropout)
@@ -154,6 +159,20 @@ class SVDLinear(SVDDense, nn.Linear):
     def shape_of(module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features
 
+    def merge(self, into: Into | None = None, dtype: torch.dtype | None = None) -> None:
+        if self.merged or not is_quantized(self):
+            return super().merge()
+        with torch.no_grad():
+            merged = merged_weight(self, self.delta_weight(), into, dtype)
+            self.register_buffer("base_weight", whole_weight(self), persistent=False)
+            put_weight(self, merged)
+
+    def unmerge(self) -> None:
+        if not isinstance(self.base_weight, nn.Parameter):  # a plain weight is swapped by its data
+            return super().unmerge()
+        put_weight(self, self.base_weight)
+        self.register_buffer("base_weight", None, persistent=False)
+
 
 class SVDConv(SVDAdapter):
     """A convolution with the base's geometry to r channels a group, then a 1×1 convolution.
@@ -168,6 +187,9 @@ class SVDConv(SVDAdapter):
     @staticmethod
     def shape_of(module: Any) -> tuple[int, int]:
         return module.weight.shape[0], module.weight[0].numel()
+
+    def delta_weight(self) -> Tensor:
+        return super().delta_weight().reshape(self.weight.shape)
 
     def delta_output(self, x: Tensor) -> Tensor:
         spatial = (1,) * len(self.kernel_size)

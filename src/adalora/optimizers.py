@@ -49,6 +49,7 @@ def check_membership(optimizer: Optimizer, modules: Mapping[str, SVDAdapter]) ->
                     f"{where} has shape {tuple(parameter.shape)}: something flattened it, as FSDP 1 does; "
                     "use torch.distributed.fsdp.fully_shard, which leaves parameters their shape."
                 )
+            check_place(where, parameter)
             if not parameter.requires_grad:
                 raise TrainingError(
                     f"{where} is frozen; load the adapter with trainable=True, or set requires_grad on it."
@@ -58,6 +59,15 @@ def check_membership(optimizer: Optimizer, modules: Mapping[str, SVDAdapter]) ->
                 raise TrainingError(
                     f"{where} is {found}; build it from adalora.adapter_parameters(model) after adalora.inject."
                 )
+
+
+def check_place(where: str, parameter: Tensor) -> None:
+    """Raise TrainingError for a parameter without values."""
+    if parameter.is_meta:
+        raise TrainingError(
+            f"{where} is on the meta device and has no values to train: the model was never loaded, or accelerate "
+            "offloads it, which puts new parameters in its place in each forward. Leave adapted modules where they are."
+        )
 
 
 def check_dtype(name: str, module: SVDAdapter) -> None:

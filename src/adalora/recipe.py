@@ -71,6 +71,12 @@ class ModelSection(Section):
     config: dict[str, Any] = Field(
         default_factory=dict, description="entries of the model's own configuration, e.g. cls_dropout"
     )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="of the base weights; not given, as in the checkpoint"
+    )
+    quantization_config: dict[str, Any] | None = Field(
+        None, description="transformers' own: load_in_4bit, load_in_8bit, …, or quant_method: torchao with a quant_type"
+    )
 
 
 class Recipe(Section):

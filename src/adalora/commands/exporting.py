@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from .console import Model, Settings, Source, open_console, refuse_existing
 
 if TYPE_CHECKING:
+    from ..quantized import Into
     from .runs import Trained
 
 EXPORT_EPILOG = "Example: adalora export runs/mine --format lora-padded --out served"
@@ -28,6 +29,13 @@ class Format(StrEnum):
 
 
 Out = Annotated[Path, typer.Option(help="A new folder.")]
+QuantizedWeights = Annotated[
+    Literal["dequantize", "requantize"] | None,
+    typer.Option(
+        "--quantized",
+        help="Merged weights of a quantized base: floating point, or its few bits again; either states its error.",
+    ),
+]
 
 
 def export(
@@ -40,6 +48,7 @@ def export(
             "merged: the whole model; peft-adalora: as PEFT's AdaLoRA stores it."
         ),
     ] = Format.lora,
+    quantized: QuantizedWeights = None,
     model: Model = None,
     settings: Settings = None,
 ) -> None:
@@ -52,23 +61,30 @@ def export(
     trained = read_trained(folder, model, settings or ())
     task = trained.task()
     adapted: Any = trained.model(task).cpu()
-    difference = _write(trained, adapted, Format(format), out, task.task_type)
+    difference = _write(trained, adapted, Format(format), out, task.task_type, quantized)
     task.processor.save_pretrained(out)
-    adapted.config.save_pretrained(out)  # knows the classes by name
+    if not (out / "config.json").is_file():
+        adapted.config.save_pretrained(out)  # knows the classes by name
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     checked = "" if difference is None else f"; read back, differs by at most {difference:.1e} of the largest increment"
     open_console().print(f"{Format(format).value} in {out}, {size:,} bytes{checked}", markup=False)
 
 
-def merge(folder: Source, out: Out, model: Model = None, settings: Settings = None) -> None:
+def merge(
+    folder: Source, out: Out, quantized: QuantizedWeights = None, model: Model = None, settings: Settings = None
+) -> None:
     """Write the base model with the adapter added to its weights: a model like any other."""
-    export(folder, out, Format.merged, model, settings)
+    export(folder, out, Format.merged, quantized, model, settings)
 
 
-def _write(trained: Trained, model: Any, format: Format, out: Path, task_type: str | None) -> float | None:
+def _write(
+    trained: Trained, model: Any, format: Format, out: Path, task_type: str | None, quantized: Into | None
+) -> float | None:
     """Returns the largest relative difference read back; None where PEFT writes."""
     from ..checkpoint import save_adapter
-    from ..export import export_lora, export_merged
+    from ..export import export_lora
+    from ..tasks.foreign import silenced
+    from ..whole import export_merged
 
     name = trained.recipe.method["name"]
     if name in ("full", "bitfit", "houlsby", "pfeiffer"):
@@ -76,12 +92,31 @@ def _write(trained: Trained, model: Any, format: Format, out: Path, task_type: s
     if name not in ("adalora", "svd-lora", "peft-adalora"):
         if format is not Format.merged:
             raise ConfigError(f"{str(trained.adapter)!r} is a LoRA already; --format merged can be made of it.")
+        if trained.recipe.model.quantization_config is not None:
+            raise ConfigError(
+                f"{str(trained.adapter)!r} is a LoRA on quantized weights, into which PEFT merges without a word "
+                "on the rounding. Merge into the weights as they were before: --set model.quantization_config=null."
+            )
         model.merge_and_unload().save_pretrained(out)
         return None
     match format:
         case Format.merged:
-            return export_merged(model, out)
+            if quantized:
+                _state_error(model, quantized)
+            with silenced("adalora"):
+                return export_merged(model, out, quantized=quantized)
         case Format.peft_adalora:
             return save_adapter(model, out, base_model_name_or_path=trained.base, task_type=task_type)
     padded = format is Format.lora_padded
     return export_lora(model, out, padded=padded, base_model_name_or_path=trained.base, task_type=task_type)
+
+
+def _state_error(model: Any, quantized: Into) -> None:
+    from ..merging import merge, unmerge
+    from ..tasks.foreign import silenced
+
+    with silenced("adalora"):
+        error = merge(model, quantized=quantized)
+    unmerge(model)
+    if error is not None:
+        open_console().print(f"{quantized}: {error}", markup=False)

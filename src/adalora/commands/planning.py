@@ -83,7 +83,7 @@ def plan_facts(recipe: Recipe, labels: int, steps: int | None, measure: bool) ->
     size, accumulated = training["per_device_train_batch_size"], training.get("gradient_accumulation_steps", 1)
     steps = steps or run_steps(recipe, training)
     facts: dict[str, Any] = {"model": base, "task": recipe.task, "method": recipe.method["name"], "steps": steps}
-    facts |= _size_facts(model, method, steps)
+    facts |= _size_facts(model, method, recipe, steps)
     load = count_load(model, recipe, size)
     facts["batch"] = {"rows": size, "longest": _longest(model, recipe), "accumulated": accumulated}
     if is_adapted(model):
@@ -181,15 +181,16 @@ def _training(recipe: Recipe) -> dict[str, Any]:
     return resolve_without_data(recipe).training
 
 
-def _size_facts(model: Any, method: Any, steps: int | None) -> dict[str, Any]:
+def _size_facts(model: Any, method: Any, recipe: Recipe, steps: int | None) -> dict[str, Any]:
     """Sizes, memory and schedule of a prepared model, by method."""
     from ..importance import kept_numbers
     from ..injection import adapter_config, base_size
     from ..methods.adalora import AdaLora
+    from ..tasks.quantization import frozen_bytes
     from .sizes import FP32, adapter_sizes, memory
     from .skeleton import shapes_of
 
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    frozen = frozen_bytes(model, recipe)
     if not isinstance(method, AdaLora):
         count = method.count(model)
         numbers = {"peak": count.peak, "final": count.final, "head": count.head}
@@ -217,7 +218,7 @@ def _sweep_row(recipe: Recipe, rank: int, labels: int) -> dict[str, Any]:
 
     recipe = with_rank(recipe, rank)
     method = build_method(recipe.method)
-    facts = _size_facts(method.prepare(build(resolve_model(recipe)[0], recipe, labels)), method, None)
+    facts = _size_facts(method.prepare(build(resolve_model(recipe)[0], recipe, labels)), method, recipe, None)
     trained = sum(size for name, size in facts["memory"].items() if name != "base weights")
     return {
         "target_r": rank,

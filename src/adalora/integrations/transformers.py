@@ -26,6 +26,7 @@ from ..config import AdaLoraConfig
 from ..errors import AdapterFileError, ConfigError, InjectionError, TrainingError
 from ..injection import adapter_config, adapter_root, inject, named_adapters, trained_biases
 from ..merging import merge, unmerge
+from ..quantizedmodels import unquantized_saving
 from ..regularizer import orthogonality_penalty
 from ..targets import saved_modules
 from .starting import start_from_rows_
@@ -218,7 +219,8 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwarg
         raise AdapterFileError("save_pretrained(push_to_hub=True) would push no adapter; call model.push_to_hub(name).")
     resumable = Path(save_directory).name.startswith(CHECKPOINT_PREFIX)
     if resumable:
-        type(model).save_pretrained(model, save_directory, **kwargs)
+        with unquantized_saving(model, forget=False):  # of a quantized base, nothing is stored
+            type(model).save_pretrained(model, save_directory, **kwargs)
     save_adapter(model, save_directory, warn=not resumable)
     model.config.save_pretrained(save_directory)
 

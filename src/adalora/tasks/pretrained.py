@@ -17,6 +17,7 @@ from ..integrations.transformers import task_head
 from ..recipe import Recipe, did_you_mean
 from ..targets import matches
 from .foreign import one_line, silenced
+from .quantization import floating_modules, quantization
 
 LOOKED_AT = 1000  # training rows in which unknown tokens are counted
 
@@ -74,7 +75,12 @@ def load_model(
     # Mismatches are asked for, because the error that transformers raises itself does not say which they are.
     if recipe.model.config:
         options = {"config": _configuration(auto, path, recipe, options)}
-    loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loading: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if recipe.model.dtype is not None:
+        loading["dtype"] = recipe.model.dtype
+    if recipe.model.quantization_config is not None:
+        config = options.get("config") or from_pretrained(AutoConfig, path, recipe, **options)
+        loading["quantization_config"] = quantization(recipe, floating_modules(auto, config, recipe))
     model, info = from_pretrained(auto, path, recipe, **options, **loading)
     _require_all_weights(model, info, recipe)
     if tokenizer is not None:  # decoders look for the last token before the padding, which is the tokenizer's
