@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from .errors import ConfigError
 from .files import write_files
-from .integrations.transformers import CHECKPOINT_PREFIX
+from .integrations.checkpoints import checkpoints, flaw
 from .recipe import Recipe, load_recipe
 from .records import BEGUN, CHECKPOINTS, FAILED, METRICS, RANKS, RESULT, locked
 
@@ -59,13 +55,12 @@ def require_same(recipe: Recipe, out: Path) -> None:
 
 def last_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint of the run in `out`; later ones that are torn are removed, and `say` tells so."""
-    found = [(re.fullmatch(rf"{CHECKPOINT_PREFIX}(\d+)", path.name), path) for path in (out / CHECKPOINTS).iterdir()]
-    for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):
-        flaw = _flaw(path)
-        if flaw is None:
+    for path in checkpoints(out / CHECKPOINTS):
+        lack = flaw(path)
+        if lack is None:
             say(f"resuming from {path.name}")
             return path
-        say(f"{path.name} is incomplete ({flaw}); it is removed")
+        say(f"{path.name} is incomplete ({lack}); it is removed")
         shutil.rmtree(path)
     say("there is no complete checkpoint: the run starts again at its first step")
     return None
@@ -82,27 +77,6 @@ def rewind(out: Path, step: int) -> list[tuple[int, int]]:
             write_files(out, {name: lambda path, text=text: path.write_text(text, encoding="utf-8")})  # type: ignore[misc]
     # Runs that began before budgets had units have triplets alone.
     return [(record["step"], record.get("spent", sum(record["ranks"].values()))) for record in ranks]
-
-
-def _flaw(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks for resuming from it."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        weights = sorted(checkpoint.glob("*model*.safetensors"))
-        if not weights:
-            return "no weights"
-        for file in weights:
-            with safe_open(file, "pt"):
-                pass
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            with zipfile.ZipFile(checkpoint / name) as archive:
-                if archive.testzip():
-                    return f"{name} is damaged"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name if error.filename else error} is missing"
-    except (ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
-        return " ".join(str(error).split())
-    return None
 
 
 def _records(file: Path) -> list[dict[str, Any]]:
