@@ -54,15 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder)
         victims.make_world(world)
-        found = {kind: series(kind, count, options.seed, world) for kind, count in counts.items()}
-        if rest > 0:
-            found[COMMANDS] = commands(rest, options.seed, world)
-    for kind, record in found.items():
-        print(f"{kind}: {record}")
-        record["environment"] = records.environment()
-        records.store(options.out, kind, record)
-    if any(record["different"] for record in found.values()):
-        sys.exit("a resumed run ended differently")
+        different = 0
+        for kind, count in [*counts.items(), *([(COMMANDS, rest)] if rest > 0 else [])]:
+            one = commands if kind == COMMANDS else series
+            record = one(kind, count, options.seed, world)
+            print(f"{kind}: {record}", flush=True)
+            records.store(options.out, kind, record | {"environment": records.environment()})
+            different += record["different"]
+    if different:
+        sys.exit(f"{different} resumed runs ended differently")
 
 
 def series(kind: str, kills: int, seed: int, world: Path) -> records.Record:
@@ -140,9 +140,9 @@ def finish(child: int) -> None:
         raise RuntimeError("a run failed; what it said stands above")
 
 
-def commands(kills: int, seed: int, world: Path) -> records.Record:
+def commands(kind: str, kills: int, seed: int, world: Path) -> records.Record:
     """`adalora train` as a user calls it, killed at random times of its training, then resumed."""
-    chance, begun = random.Random(seed), time.monotonic()
+    chance, begun = random.Random(f"{kind} {seed}"), time.monotonic()
     settings = [f"--set={text}" for text in victims.settings(world)]
     train = [sys.executable, "-W", "ignore", "-m", "adalora", "train", "text-classification", *settings, "--out"]
     whole, out = world / "whole", world / "run"

@@ -18,7 +18,7 @@ SOURCE = Path(adalora.__file__).parent
 # another as long as no circle arises.
 CORE = (
     {"errors", "functional", "allocation", "verdicts", "sketch"},
-    {"schedule", "layers", "files", "checks"},
+    {"schedule", "layers", "files", "jsonfiles", "checks"},
     {"config", "optimizers", "masking", "runstate"},
     {"stepsize"},
     {"conversion"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import __main__, counts, records, start, step, table, tracer
+from benchmarks import __main__, counts, records, soak, start, step, table, tracer
 from benchmarks.arms import COMPACT, EVEN, FLOOR, INIT, LORA, OURS, PEFT_ADALORA, STAGES, Setting, trained
 from benchmarks.models import SHAPES, Shape
 from torch import Tensor, nn
@@ -253,3 +253,10 @@ def test_help_does_not_import_torch_and_the_record_is_json() -> None:
         [row | {"help imports torch": False}]
     )
     assert json.loads(json.dumps(records.environment())) == records.environment()
+
+
+def test_a_short_soak_is_on_budget_with_masks_as_stored() -> None:
+    record = soak.soak(60, looks_wanted=3)
+    assert record["allocations"] >= 58
+    assert (record["off_budget"], record["drifted"], record["live_at_the_end"]) == (0, 0, 6)
+    assert record["pattern_changes"] > 5

@@ -12,6 +12,7 @@ from typing import Any
 from .errors import ConfigError
 from .files import write_files
 from .integrations.checkpoints import checkpoints, flaw
+from .jsonfiles import believed, read_object, read_records
 from .recipe import Recipe, load_recipe
 from .records import BEGUN, CHECKPOINTS, FAILED, METRICS, RANKS, RESULT, locked
 
@@ -26,7 +27,7 @@ def resumed(out: Path) -> Iterator[None]:
     """
     if not (out / BEGUN).is_file():
         raise ConfigError(f"there is no run in {str(out)!r} to resume; leave --resume out to begin one.")
-    if (out / RESULT).is_file() and json.loads((out / RESULT).read_text(encoding="utf-8")).get("complete", True):
+    if (out / RESULT).is_file() and read_object(out / RESULT).get("complete", True):
         raise ConfigError(f"the run in {str(out)!r} is complete; there is nothing to resume.")
     (out / CHECKPOINTS).mkdir(exist_ok=True)
     with locked(out):
@@ -68,24 +69,20 @@ def last_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
 
 def rewind(out: Path, step: int) -> list[tuple[int, int]]:
     """Cut metrics.jsonl and ranks.jsonl to the first `step` steps; returns (step, cost) of allocations."""
-    metrics = [r for r in _records(out / METRICS) if r["step"] <= step and step and "train_runtime" not in r]
+    with believed(out):
+        return _rewind(out, step)
+
+
+def _rewind(out: Path, step: int) -> list[tuple[int, int]]:
+    metrics = [r for r in read_records(out / METRICS) if r["step"] <= step and step and "train_runtime" not in r]
     # Allocations are numbered from 0, logs from 1.
-    ranks = [r for r in _records(out / RANKS) if r["step"] < step and not r.get("forced")]
+    ranks = [r for r in read_records(out / RANKS) if r["step"] < step and not r.get("forced")]
     for name, records in ((METRICS, metrics), (RANKS, ranks)):
         text = "".join(json.dumps(record) + "\n" for record in records)
         if (out / name).exists():
             write_files(out, {name: lambda path, text=text: path.write_text(text, encoding="utf-8")})  # type: ignore[misc]
     # Runs that began before budgets had units have triplets alone.
     return [(record["step"], record.get("spent", sum(record["ranks"].values()))) for record in ranks]
-
-
-def _records(file: Path) -> list[dict[str, Any]]:
-    """Lines of a jsonl file up to the first that is torn."""
-    records: list[dict[str, Any]] = []
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            records.append(json.loads(line))
-    return records
 
 
 def _flat(values: dict[str, Any], front: str = "") -> dict[str, Any]:

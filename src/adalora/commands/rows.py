@@ -67,7 +67,7 @@ def _row(text: str, recipe: Recipe, where: str) -> Row:
 def _object(text: str, where: str) -> Row:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not valid JSON ({error}): {text:.60}") from error
     if not isinstance(value, dict):
         raise DataError(f"{where} must be a JSON object, a row; it is {text:.60}")
@@ -77,7 +77,7 @@ def _object(text: str, where: str) -> Row:
 def _list(text: str, file: Path) -> list[Row]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{str(file)!r} is not valid JSON ({error}); for one object in each line call it .jsonl."
         ) from error
