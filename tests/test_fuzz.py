@@ -124,3 +124,22 @@ def test_records_that_are_not_as_written_are_one_error(tmp_path: Path) -> None:
     with pytest.raises(AssertionError), believed(tmp_path):
         raise AssertionError
     assert issubclass(AdapterFileError, AdaLoraError)
+
+
+def test_a_name_too_long_for_any_file_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is neither a recipe file"):
+        load_recipe("a" * 10_000)
+    with pytest.raises(ConfigError, match="is neither a study file"):
+        load_study("a" * 10_000)
+    study = {"seeds": [0], "budgets": [1], "reference": "a", "tasks": {"t": {"recipe": "x" * 10_000}}}
+    study["arms"] = {"a": {"method": {"name": "lora"}, "learning_rates": [1e-3]}}
+    (tmp_path / "x.yaml").write_text(json.dumps(study))
+    assert load_study(str(tmp_path / "x.yaml")).tasks["t"].recipe == "x" * 10_000  # refused when it is loaded
+
+
+def test_a_method_that_is_no_name_is_refused_by_its_key() -> None:
+    from adalora.methods import build_method
+
+    for name in (["adalora"], {"adalora": 1}, None, 3):
+        with pytest.raises(ConfigError, match=r"method\.name is"):
+            build_method({"name": name})

@@ -202,7 +202,8 @@ def model_budget(model: nn.Module) -> Budget:
 
 def base_size(model: nn.Module) -> int:
     """Parameters of `model` without those of adapters."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+    factors = {id(p) for _, m in named_adapters(model) for p in (m.lora_A, m.lora_E, m.lora_B)}
+    return sum(p.numel() for p in model.parameters() if id(p) not in factors)
 
 
 def record_progress(root: nn.Module, progress: Progress) -> None:

@@ -18,6 +18,7 @@ import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
 from .errors import ConfigError
+from .files import is_file
 from .sections import DATA, METRICS, DataSection, Section
 
 _MOST_VALUES, _DEEPEST = 100_000, 50  # with every alias written out, which a few lines can make millions
@@ -188,7 +189,7 @@ def _read(source: str) -> str:
     if source in recipe_names():
         return (resources.files(__package__) / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
     path = Path(source)
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(
             f"{source!r} is neither a recipe file nor a built-in recipe; " + did_you_mean(source, recipe_names())
         )

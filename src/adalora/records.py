@@ -65,8 +65,8 @@ def locked(out: Path) -> Iterator[None]:
     What a process that was killed left half-written is removed. Raises ConfigError while another one holds the lock.
     """
     with _lock(out):
-        for folder in out.glob("**/.adalora-*"):  # as files.py names them
-            shutil.rmtree(folder)
+        for left in out.glob("**/.adalora-*"):  # as files.py names them
+            _remove(left)
         yield
 
 
@@ -134,9 +134,10 @@ def _logger_in(error: BaseException) -> str | None:
 def _claim(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            (out / FAILED).unlink()  # only one of two runs succeeds here
-            _empty(out)
+        if (out / BEGUN).is_file():  # else a file of that name is somebody else's
+            with suppress(FileNotFoundError):
+                (out / FAILED).unlink()  # only one of two runs succeeds here
+                _empty(out)
         if _abandoned(out):
             return  # who of several gets it, the lock decides
         if any(out.iterdir()):
@@ -165,10 +166,15 @@ def _abandoned(out: Path) -> bool:
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A file, a folder with all in it, or a link: what it points at stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 class RunRecorder(TrainerCallback):

@@ -26,6 +26,7 @@ _TASKS = {
     "SEQ_2_SEQ_LM": "seq2seq",
     "CAUSAL_LM": "causal-lm",
 }
+_TRUST = "model.trust_remote_code"
 _METHODS = {"ADALORA": "adalora", "LORA": "lora"}
 
 
@@ -70,6 +71,11 @@ def _read_trained(folder: Path, model: str | None, settings: Sequence[str]) -> T
     config = read_object(adapter / CONFIG_FILE) if (adapter / CONFIG_FILE).is_file() else {}
     run = adapter.parent if (adapter.parent / "recipe.yaml").is_file() and adapter.name == "adapter" else None
     recipe = load_recipe(str(run / "recipe.yaml"), settings) if run else _recipe_of(adapter, config, model, settings)
+    if recipe.model.trust_remote_code and not any(text.partition("=")[0].strip() == _TRUST for text in settings):
+        raise ConfigError(
+            f"the recipe in {str(folder)!r} would run code that comes with {recipe.model.name_or_path!r}. A folder "
+            f"cannot allow that by itself: if you trust both, add --set {_TRUST}=true."
+        )
     known = run is not None and (run / "result.json").is_file()
     labels = read_object(run / "result.json")["labels"] if run and known else _labels(adapter, recipe.task)
     if model:
