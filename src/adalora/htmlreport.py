@@ -7,12 +7,12 @@ reader's choice of light or dark.
 from __future__ import annotations
 
 import html
-import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from .drawings import Points, heat_map, line_chart, table
 from .errors import AdapterFileError
@@ -212,12 +212,13 @@ def _costs(file: Path) -> dict[str, int]:
     """Parameters of one triplet of each matrix, from the header of the adapter's tensor file."""
     if not file.is_file():
         return {}
-    with file.open("rb") as tensors:
-        (length,) = struct.unpack("<Q", tensors.read(8))
-        header = json.loads(tensors.read(length))
     costs: dict[str, int] = {}
-    for key, entry in header.items():
-        name, _, part = key.removeprefix("base_model.model.").rpartition(".")
-        if part in ("lora_A", "lora_B"):
-            costs[name] = costs.get(name, 1) + entry["shape"][1 if part == "lora_A" else 0]
+    try:
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                name, _, part = key.removeprefix("base_model.model.").rpartition(".")
+                if part in ("lora_A", "lora_B"):
+                    costs[name] = costs.get(name, 1) + tensors.get_slice(key).get_shape()[part == "lora_A"]
+    except SafetensorError as error:
+        raise AdapterFileError(f"cannot read {str(file)!r}: {error}. It is damaged.") from error
     return costs

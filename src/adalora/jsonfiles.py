@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +46,7 @@ def believed(where: Path) -> Iterator[None]:
         yield
     except AdaLoraError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise AdapterFileError(
             f"the files in {str(where)!r} are not as they were written ({type(error).__name__}: {str(error)[:200]}). "
             "Restore them from a copy."
