@@ -159,7 +159,8 @@ def commands(kind: str, kills: int, seed: int, world: Path) -> records.Record:
         different += not same(torch.load(out / FINAL, weights_only=True), torch.load(whole / FINAL, weights_only=True))
         shutil.rmtree(out)
     shutil.rmtree(whole)
-    return {"kills": done, "runs": kills, "different": different, "s": round(time.monotonic() - begun, 1)}
+    seconds = round(time.monotonic() - begun, 1)
+    return {"kills": done, "runs": kills, "different": different, "places": {}, "s": seconds}
 
 
 def kill_command(command: list[str], out: Path, delay: float) -> bool:
