@@ -19,7 +19,7 @@ SOURCE = Path(adalora.__file__).parent
 CORE = (
     {"errors", "functional", "allocation", "verdicts", "sketch"},
     {"quantized"},
-    {"schedule", "layers", "files", "checks", "presets", "sharding", "quantizedmodels"},
+    {"schedule", "layers", "files", "jsonfiles", "checks", "presets", "sharding", "quantizedmodels"},
     {"config", "optimizers", "masking", "runstate", "gathering"},
     {"stepsize", "pending"},
     {"conversion"},

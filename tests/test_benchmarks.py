@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import __main__, counts, records, start, step, study, table, tracer
+from benchmarks import __main__, counts, records, soak, start, step, study, table, tracer
 from benchmarks.arms import COMPACT, EVEN, FLOOR, INIT, LORA, OURS, PEFT_ADALORA, STAGES, Setting, trained
 from benchmarks.models import SHAPES, Shape
 from torch import Tensor, nn
@@ -262,3 +262,10 @@ def test_the_tables_of_a_study_follow_from_its_results_alone(tmp_path: Path, mon
     monkeypatch.setattr(study, "DOCUMENT", copy)
     study.main(["first-cut"])
     assert copy.read_text() == (records.RESULTS.parent.parent / "docs" / "results.md").read_text()
+
+
+def test_a_short_soak_is_on_budget_with_masks_as_stored() -> None:
+    record = soak.soak(60, looks_wanted=3)
+    assert record["allocations"] >= 58
+    assert (record["off_budget"], record["drifted"], record["live_at_the_end"]) == (0, 0, 6)
+    assert record["pattern_changes"] > 5

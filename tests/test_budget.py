@@ -285,3 +285,16 @@ def test_re_factorisation_in_a_run_leaves_singular_triplets_within_the_budget() 
         torch.testing.assert_close(B.T @ B, torch.eye(len(A)), rtol=0, atol=1e-5)
         values = torch.linalg.svdvals(module.delta_weight().detach())[: len(A)] / module.scaling
         torch.testing.assert_close(module.lora_E.detach()[live].view(-1).sort(descending=True).values, values)
+
+
+def test_a_base_module_with_a_name_like_ours_counts_as_base() -> None:
+    """The share of the base model must not depend on what its modules are called."""
+    from adalora.injection import base_size
+
+    def model() -> nn.Module:
+        inner = nn.ModuleDict({"lora_block": nn.Linear(6, 5), "plain": nn.Linear(6, 5)})
+        return nn.ModuleDict({"net": inner})
+
+    base = sum(p.numel() for p in model().parameters())
+    adapted = adalora.inject(model(), adalora.AdaLoraConfig(target_modules=["plain"], init_r=4, target_r=2))
+    assert base_size(adapted) == base

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import threading
@@ -324,6 +325,24 @@ def test_one_of_two_runs_gets_a_folder_whether_it_existed_or_not(tmp_path: Path)
     for thread in threads:
         thread.join()
     assert sorted(results) == ["got it", *["refused"] * 7]
+
+
+def test_a_run_killed_before_it_began_to_train_leaves_a_folder_that_the_same_command_takes(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        with claimed(tmp_path / "out"):
+            (tmp_path / "out" / ".adalora-1234").mkdir()  # in the middle of writing its recipe
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".adalora-1234", "checkpoints"]
+    with claimed(tmp_path / "out"):
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"]
+        with pytest.raises(ConfigError, match="is not empty"), claimed(tmp_path / "out"):
+            raise AssertionError
+        assert (tmp_path / "out" / "checkpoints").is_dir()
+    (tmp_path / "out" / "checkpoints" / "checkpoint-3").mkdir()  # somebody's work
+    with pytest.raises(ConfigError, match="is not empty"), claimed(tmp_path / "out"):
+        raise AssertionError
 
 
 def test_a_run_that_fails_before_it_begins_takes_away_what_it_made_and_nothing_else(tmp_path: Path) -> None:

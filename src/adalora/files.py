@@ -25,6 +25,14 @@ def write_files(folder: str | Path, writers: Mapping[str, Callable[[Path], objec
             write(staging / name)
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file. A name that no system would take, such as a very long one, is none."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
     """A hidden folder; at the end of the context its files take their place in `folder`, see above."""

@@ -7,16 +7,17 @@ reader's choice of light or dark.
 from __future__ import annotations
 
 import html
-import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from .drawings import Points, heat_map, line_chart, table
 from .errors import AdapterFileError
 from .files import write_files
+from .jsonfiles import believed, read_object, read_records
 from .report import ModuleRank, RankReport, split_name
 
 REPORT_FILE = "report.html"
@@ -58,14 +59,15 @@ def write_report(folder: Path) -> Path:
     """Write report.html into a run's folder from the records there; returns its path. Raises AdapterFileError."""
     if not (folder / "recipe.yaml").is_file():
         raise AdapterFileError(f"{str(folder)!r} holds no recipe.yaml; give the folder of a run that began to train.")
-    text = page(
-        (folder / "recipe.yaml").read_text(encoding="utf-8"),
-        json.loads((folder / "result.json").read_text(encoding="utf-8")) if (folder / "result.json").is_file() else {},
-        _records(folder / "metrics.jsonl"),
-        _records(folder / "ranks.jsonl"),
-        _costs(folder / "adapter" / "adapter_model.safetensors"),
-        folder.name,
-    )
+    with believed(folder):
+        text = page(
+            (folder / "recipe.yaml").read_text(encoding="utf-8"),
+            read_object(folder / "result.json") if (folder / "result.json").is_file() else {},
+            read_records(folder / "metrics.jsonl"),
+            read_records(folder / "ranks.jsonl"),
+            _costs(folder / "adapter" / "adapter_model.safetensors"),
+            folder.name,
+        )
     write_files(folder, {REPORT_FILE: lambda path: path.write_text(text, encoding="utf-8")})
     return folder / REPORT_FILE
 
@@ -206,24 +208,17 @@ def _report(ranks: Mapping[str, int]) -> RankReport:
     return RankReport(tuple(rows), 0)
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
-    """Lines of a record; the last may be half of one, if the run was killed."""
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line.strip()]
-
-
 def _costs(file: Path) -> dict[str, int]:
     """Parameters of one triplet of each matrix, from the header of the adapter's tensor file."""
     if not file.is_file():
         return {}
-    with file.open("rb") as tensors:
-        (length,) = struct.unpack("<Q", tensors.read(8))
-        header = json.loads(tensors.read(length))
     costs: dict[str, int] = {}
-    for key, entry in header.items():
-        name, _, part = key.removeprefix("base_model.model.").rpartition(".")
-        if part in ("lora_A", "lora_B"):
-            costs[name] = costs.get(name, 1) + entry["shape"][1 if part == "lora_A" else 0]
+    try:
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                name, _, part = key.removeprefix("base_model.model.").rpartition(".")
+                if part in ("lora_A", "lora_B"):
+                    costs[name] = costs.get(name, 1) + tensors.get_slice(key).get_shape()[part == "lora_A"]
+    except SafetensorError as error:
+        raise AdapterFileError(f"cannot read {str(file)!r}: {error}. It is damaged.") from error
     return costs

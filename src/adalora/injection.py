@@ -96,10 +96,9 @@ def install(model: M, config: AdaLoraConfig, ranks: dict[str, int]) -> M:
     modules = dict(model.named_modules())
     for name, rank in ranks.items():
         convert(modules[name], rank, config.scaling, config.lora_dropout, config.init_lora_weights)
-    for _, module in saved_modules(model, config):
-        module.requires_grad_(True)
-    for _, bias in trained_biases(model, config):
-        bias.requires_grad_(True)
+    trained: list[tuple[str, Any]] = [*saved_modules(model, config), *trained_biases(model, config)]
+    for _, part in trained:
+        part.requires_grad_(True)
     setattr(model, _CONFIG, config)
     record_progress(model, Progress(None, config.total_step))
     model.register_load_state_dict_pre_hook(_follow_loaded_capacity)  # type: ignore[no-untyped-call]
@@ -235,7 +234,8 @@ def model_budget(model: nn.Module) -> Budget:
 
 def base_size(model: nn.Module) -> int:
     """Parameters of `model` without those of adapters; a quantized weight counts as what it stands for."""
-    return sum(weight_size(p) for name, p in model.named_parameters() if ".lora_" not in name)
+    factors = {id(p) for _, m in named_adapters(model) for p in (m.lora_A, m.lora_E, m.lora_B)}
+    return sum(weight_size(p) for p in model.parameters() if id(p) not in factors)
 
 
 def record_progress(root: nn.Module, progress: Progress) -> None:

@@ -18,8 +18,10 @@ import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
 from .errors import ConfigError
+from .files import is_file
 from .sections import DATA, METRICS, DataSection, Section
 
+_MOST_VALUES, _DEEPEST = 100_000, 50  # with every alias written out, which a few lines can make millions
 _BOOLEAN = "tag:yaml.org,2002:bool"
 
 
@@ -34,6 +36,27 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, rule) for tag, rule in rules if tag != _BOOLEAN]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth, self._sizes = 0, dict[int, int]()
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"nested in more than {_DEEPEST} levels", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if not alias:
+            children = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in parts)
+        # A node without a size is not complete: an alias within what it stands for.
+        if self._sizes.get(id(node), _MOST_VALUES) >= _MOST_VALUES:
+            told = f"an alias of itself, or, by aliases, more than {_MOST_VALUES} values"
+            raise yaml.composer.ComposerError(None, None, told, mark)
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[str] = set()
@@ -114,7 +137,13 @@ class Recipe(Section):
 
 def load_yaml(text: str) -> Any:
     """Plain values by the rules of a recipe: 1e-3 is a number. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    # Of a number or a date that is none PyYAML raises what Python does.
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        raise yaml.YAMLError(f"a value cannot be read ({error})") from error
 
 
 def load_recipe(source: str, settings: Sequence[str] = (), seed: int | None = None) -> Recipe:
@@ -166,7 +195,7 @@ def _read(source: str) -> str:
     if source in recipe_names():
         return (resources.files(__package__) / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
     path = Path(source)
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(
             f"{source!r} is neither a recipe file nor a built-in recipe; " + did_you_mean(source, recipe_names())
         )

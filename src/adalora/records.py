@@ -36,25 +36,26 @@ METRICS, RANKS = "metrics.jsonl", "ranks.jsonl"
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """`out` for one run alone: a new folder, an empty one, or that of a run that failed, which is replaced.
+    """`out` for one run alone: a new folder, an empty one, or that of a run that failed, which is replaced, or of
+    one that was killed before it began to train.
 
     What fails before training has begun leaves everything as it was; what fails later leaves the reason in
     FAILED.txt. Raises ConfigError if `out` is a file, or in use.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     _claim(out)
-    try:
-        with locked(out):
+    with locked(out):
+        try:
             yield
-    except BaseException as error:
-        with suppress(OSError):  # the disk may be full, and the error itself is what the user must see
-            if (out / BEGUN).exists():
-                (out / FAILED).write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
-            else:
-                _empty(out)
-                for folder in made:
-                    folder.rmdir()
-        raise
+        except BaseException as error:
+            with suppress(OSError):  # the disk may be full, and the error itself is what the user must see
+                if (out / BEGUN).exists():
+                    (out / FAILED).write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+                else:
+                    _empty(out)
+                    for folder in made:
+                        folder.rmdir()
+            raise
 
 
 @contextmanager
@@ -64,26 +65,28 @@ def locked(out: Path) -> Iterator[None]:
     What a process that was killed left half-written is removed. Raises ConfigError while another one holds the lock.
     """
     with _lock(out):
-        for folder in out.glob("**/.adalora-*"):  # as files.py names them
-            shutil.rmtree(folder)
+        for left in out.glob("**/.adalora-*"):  # as files.py names them
+            _remove(left)
         yield
 
 
 @contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    if sys.platform == "win32":  # has no such lock on a folder
-        yield
+def _lock(out: Path) -> Iterator[bool]:
+    """Whether the lock is held: not every system has such locks."""
+    if sys.platform == "win32":
+        yield False
         return
     import fcntl
 
-    handle = os.open(out / CHECKPOINTS, os.O_RDONLY)
+    handle, held = os.open(out / CHECKPOINTS, os.O_RDONLY), False
     try:
         with suppress(OSError):  # a file system without locks
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
             except BlockingIOError as error:
                 raise ConfigError(f"the run in {str(out)!r} is still going on, in another process.") from error
-        yield
+        yield held
     finally:
         os.close(handle)
 
@@ -131,9 +134,12 @@ def _logger_in(error: BaseException) -> str | None:
 def _claim(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            (out / FAILED).unlink()  # only one of two runs succeeds here
-            _empty(out)
+        if (out / BEGUN).is_file():  # else a file of that name is somebody else's
+            with suppress(FileNotFoundError):
+                (out / FAILED).unlink()  # only one of two runs succeeds here
+                _empty(out)
+        if _abandoned(out):
+            return  # who of several gets it, the lock decides
         if any(out.iterdir()):
             raise ConfigError(f"the output folder {str(out)!r} is not empty; choose another with --out, or remove it.")
         (out / CHECKPOINTS).mkdir()  # and here, where the folder was empty
@@ -146,12 +152,29 @@ def _claim(out: Path) -> None:
         ) from error
 
 
+def _abandoned(out: Path) -> bool:
+    """Whether `out` holds only what a run leaves that was killed before it began to train."""
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".adalora-")}
+    if names != {CHECKPOINTS} or not (out / CHECKPOINTS).is_dir() or any((out / CHECKPOINTS).iterdir()):
+        return False
+    try:
+        with _lock(out) as held:
+            return held
+    except ConfigError:
+        return False
+
+
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A file, a folder with all in it, or a link: what it points at stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 class RunRecorder(TrainerCallback):

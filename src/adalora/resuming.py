@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from .errors import ConfigError
 from .files import write_files
-from .integrations.transformers import CHECKPOINT_PREFIX
+from .integrations.checkpoints import checkpoints, flaw
+from .jsonfiles import believed, read_object, read_records
 from .recipe import Recipe, load_recipe
 from .records import BEGUN, CHECKPOINTS, FAILED, METRICS, RANKS, RESULT, locked
 from .resolve import DECAY
@@ -31,7 +28,7 @@ def resumed(out: Path) -> Iterator[None]:
     """
     if not (out / BEGUN).is_file():
         raise ConfigError(f"there is no run in {str(out)!r} to resume; leave --resume out to begin one.")
-    if (out / RESULT).is_file() and json.loads((out / RESULT).read_text(encoding="utf-8")).get("complete", True):
+    if (out / RESULT).is_file() and read_object(out / RESULT).get("complete", True):
         raise ConfigError(f"the run in {str(out)!r} is complete; there is nothing to resume.")
     (out / CHECKPOINTS).mkdir(exist_ok=True)
     with locked(out):
@@ -62,13 +59,12 @@ def require_same(recipe: Recipe, out: Path) -> None:
 
 def last_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint of the run in `out`; later ones that are torn are removed, and `say` tells so."""
-    found = [(re.fullmatch(rf"{CHECKPOINT_PREFIX}(\d+)", path.name), path) for path in (out / CHECKPOINTS).iterdir()]
-    for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):
-        flaw = _flaw(path)
-        if flaw is None:
+    for path in checkpoints(out / CHECKPOINTS):
+        lack = flaw(path)
+        if lack is None:
             say(f"resuming from {path.name}")
             return path
-        say(f"{path.name} is incomplete ({flaw}); it is removed")
+        say(f"{path.name} is incomplete ({lack}); it is removed")
         shutil.rmtree(path)
     say("there is no complete checkpoint: the run starts again at its first step")
     return None
@@ -76,45 +72,20 @@ def last_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
 
 def rewind(out: Path, step: int) -> list[tuple[int, int]]:
     """Cut metrics.jsonl and ranks.jsonl to the first `step` steps; returns (step, cost) of allocations."""
-    metrics = [r for r in _records(out / METRICS) if r["step"] <= step and step and "train_runtime" not in r]
+    with believed(out):
+        return _rewind(out, step)
+
+
+def _rewind(out: Path, step: int) -> list[tuple[int, int]]:
+    metrics = [r for r in read_records(out / METRICS) if r["step"] <= step and step and "train_runtime" not in r]
     # Allocations are numbered from 0, logs from 1.
-    ranks = [r for r in _records(out / RANKS) if r["step"] < step and not r.get("forced")]
+    ranks = [r for r in read_records(out / RANKS) if r["step"] < step and not r.get("forced")]
     for name, records in ((METRICS, metrics), (RANKS, ranks)):
         text = "".join(json.dumps(record) + "\n" for record in records)
         if (out / name).exists():
             write_files(out, {name: lambda path, text=text: path.write_text(text, encoding="utf-8")})  # type: ignore[misc]
     # Runs that began before budgets had units have triplets alone.
     return [(record["step"], record.get("spent", sum(record["ranks"].values()))) for record in ranks]
-
-
-def _flaw(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks for resuming from it."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        weights = sorted(checkpoint.glob("*model*.safetensors"))
-        if not weights:
-            return "no weights"
-        for file in weights:
-            with safe_open(file, "pt"):
-                pass
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            with zipfile.ZipFile(checkpoint / name) as archive:
-                if archive.testzip():
-                    return f"{name} is damaged"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name if error.filename else error} is missing"
-    except (ValueError, OSError, SafetensorError, zipfile.BadZipFile) as error:
-        return " ".join(str(error).split())
-    return None
-
-
-def _records(file: Path) -> list[dict[str, Any]]:
-    """Lines of a jsonl file up to the first that is torn."""
-    records: list[dict[str, Any]] = []
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            records.append(json.loads(line))
-    return records
 
 
 def _flat(values: dict[str, Any], front: str = "") -> dict[str, Any]:

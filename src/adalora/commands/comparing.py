@@ -145,12 +145,12 @@ def _write_tables(ledger: Ledger, as_json: bool) -> None:
 def run_row(folder: Path) -> dict[str, Any]:
     """What one finished run says of itself. Raises AdapterFileError if it did not finish."""
     from ..errors import AdapterFileError
+    from ..jsonfiles import read_object
     from ..recipe import load_recipe
-    from .runs import read_json
 
     if not (folder / "result.json").is_file():
         raise AdapterFileError(f"{str(folder)!r} has no result.json: no run has finished there. Leave it out.")
-    result, recipe = read_json(folder / "result.json"), load_recipe(str(folder / "recipe.yaml"))
+    result, recipe = read_object(folder / "result.json"), load_recipe(str(folder / "recipe.yaml"))
     return {
         "run": str(folder),
         "method": recipe.method["name"],
@@ -187,8 +187,10 @@ def _runs_of(file: Path) -> list[str] | None:
     """The `runs` that a YAML file lists; None if it is about something else. Raises ConfigError."""
     import yaml
 
+    from ..recipe import load_yaml
+
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        value = load_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{str(file)!r} is not valid YAML: {error}") from error
     if isinstance(value, dict) and {"arms", "tasks"} & set(value):

@@ -39,11 +39,12 @@ def inspect(folder: Source, as_json: AsJson = False) -> None:
 
 def inspect_facts(folder: Path) -> tuple[dict[str, Any], RankReport]:
     """Everything about an adapter that its files tell, JSON-able. Raises AdapterFileError."""
+    from ..jsonfiles import read_object
     from ..reading import CONFIG_FILE, WEIGHTS_FILE
-    from .runs import adapter_folder, read_json
+    from .runs import adapter_folder
 
     adapter = adapter_folder(folder)
-    config = read_json(adapter / CONFIG_FILE)
+    config = read_object(adapter / CONFIG_FILE)
     kind = config.get("peft_type")
     readers = {"ADALORA": _adalora, "LORA": _lora}
     if kind not in readers:

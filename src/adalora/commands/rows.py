@@ -39,13 +39,20 @@ def rows_of_file(file: Path, recipe: Recipe) -> Iterator[Row]:
         case ".json":
             yield from _list(text, file)
         case ".csv":
-            yield from csv.DictReader(text.splitlines(keepends=True))
+            yield from _table(text, file)
         case ".tsv":
-            yield from csv.DictReader(text.splitlines(keepends=True), delimiter="\t", quoting=csv.QUOTE_NONE)
+            yield from _table(text, file, delimiter="\t", quoting=csv.QUOTE_NONE)
         case suffix:
             raise DataError(
                 f"--file is {str(file)!r}; readable are .jsonl, .json, .csv, .tsv and .txt, not {suffix!r}."
             )
+
+
+def _table(text: str, file: Path, **form: Any) -> Iterator[Row]:
+    try:
+        yield from csv.DictReader(text.splitlines(keepends=True), **form)
+    except csv.Error as error:
+        raise DataError(f"{str(file)!r} is no table of texts: {error}.") from error
 
 
 def batches(rows: Iterable[Row], size: int) -> Iterator[Sequence[Row]]:
@@ -67,7 +74,7 @@ def _row(text: str, recipe: Recipe, where: str) -> Row:
 def _object(text: str, where: str) -> Row:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not valid JSON ({error}): {text:.60}") from error
     if not isinstance(value, dict):
         raise DataError(f"{where} must be a JSON object, a row; it is {text:.60}")
@@ -77,7 +84,7 @@ def _object(text: str, where: str) -> Row:
 def _list(text: str, file: Path) -> list[Row]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{str(file)!r} is not valid JSON ({error}); for one object in each line call it .jsonl."
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterFileError, ConfigError
+from ..jsonfiles import believed, read_object
 from ..methods import build_method
 from ..methods.base import Method
 from ..reading import CONFIG_FILE
@@ -26,6 +26,7 @@ _TASKS = {
     "SEQ_2_SEQ_LM": "seq2seq",
     "CAUSAL_LM": "causal-lm",
 }
+_TRUST = "model.trust_remote_code"
 _METHODS = {"ADALORA": "adalora", "LORA": "lora"}
 
 
@@ -61,12 +62,22 @@ def read_trained(folder: Path, model: str | None = None, settings: Sequence[str]
 
     Raises AdapterFileError for a folder that is neither, ConfigError where the task cannot be told.
     """
+    with believed(folder):
+        return _read_trained(folder, model, settings)
+
+
+def _read_trained(folder: Path, model: str | None, settings: Sequence[str]) -> Trained:
     adapter = adapter_folder(folder)
-    config = read_json(adapter / CONFIG_FILE) if (adapter / CONFIG_FILE).is_file() else {}
+    config = read_object(adapter / CONFIG_FILE) if (adapter / CONFIG_FILE).is_file() else {}
     run = adapter.parent if (adapter.parent / "recipe.yaml").is_file() and adapter.name == "adapter" else None
     recipe = load_recipe(str(run / "recipe.yaml"), settings) if run else _recipe_of(adapter, config, model, settings)
+    if recipe.model.trust_remote_code and not any(text.partition("=")[0].strip() == _TRUST for text in settings):
+        raise ConfigError(
+            f"the recipe in {str(folder)!r} would run code that comes with {recipe.model.name_or_path!r}. A folder "
+            f"cannot allow that by itself: if you trust both, add --set {_TRUST}=true."
+        )
     known = run is not None and (run / "result.json").is_file()
-    labels = read_json(run / "result.json")["labels"] if run and known else _labels(adapter, recipe.task)
+    labels = read_object(run / "result.json")["labels"] if run and known else _labels(adapter, recipe.task)
     if model:
         section = recipe.model.model_copy(update={"name_or_path": model, "hub_id": None})
         recipe = recipe.model_copy(update={"model": section})
@@ -89,17 +100,6 @@ def adapter_folder(folder: Path) -> Path:
     )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises AdapterFileError."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"cannot read {str(file)!r}: {error}. Restore it from a copy.") from error
-    if not isinstance(value, dict):
-        raise AdapterFileError(f"{str(file)!r} holds no JSON object; restore it from a copy.")
-    return value
-
-
 def _labels(adapter: Path, task: str) -> list[str]:
     """Names of the classes as the base model's configuration beside the adapter has them."""
     if not task.endswith("classification"):
@@ -109,7 +109,7 @@ def _labels(adapter: Path, task: str) -> list[str]:
             f"{str(adapter)!r} does not say which classes it knows: config.json of the model that it was trained in is "
             "missing. Put it there, or give the folder of the run."
         )
-    config = read_json(adapter / "config.json")
+    config = read_object(adapter / "config.json")
     if config.get("problem_type") == "regression":
         return []
     return [

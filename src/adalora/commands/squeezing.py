@@ -99,10 +99,10 @@ def read_lora(folder: Path) -> _Lora:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from ..jsonfiles import read_object
     from ..reading import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-    from .runs import read_json
 
-    config = read_json(folder / CONFIG_FILE)
+    config = read_object(folder / CONFIG_FILE)
     _check_kind(config, folder)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)

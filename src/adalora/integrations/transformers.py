@@ -84,6 +84,13 @@ class AdaLoraCallback(TrainerCallback):
             )
         prepare_saving(model, args.load_best_model_at_end)  # of a model that came only now
         self.allocator = allocator = RankAllocator(model, state.max_steps, compact=self.compact).attach(optimizer)
+        if state.global_step and not allocator.step:
+            raise TrainingError(
+                f"the run goes on behind step {state.global_step}, but the checkpoint held no state of the optimizer, "
+                "in which the method keeps its step, masks and averages. Resume from a complete checkpoint (see "
+                "integrations.checkpoints), saved without save_only_model; or train anew from its adapter with "
+                "adalora.load_adapter(model, folder, trainable=True)."
+            )
         # The optimizer outlives a run that failed, as where auto_find_batch_size tries again. A pattern that is
         # final stays, though: whoever trains on has spent the budget already.
         if state.global_step == 0 and not allocator.frozen:

@@ -31,7 +31,7 @@ def build_method(section: Mapping[str, Any]) -> Method:
     """The method that a recipe's `method` section describes. Raises ConfigError, naming the key."""
     options = dict(section)
     name = options.pop("name", None)
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise ConfigError(f"method.name is {name!r}; " + did_you_mean(str(name), list(_METHODS)))
     module, _, cls = _METHODS[name].partition(":")
     try:

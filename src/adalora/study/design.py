@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from ..errors import ConfigError
+from ..files import is_file
 from ..recipe import did_you_mean, load_yaml
 from ..sections import Section
 
@@ -65,9 +66,9 @@ def load_study(source: str) -> Study:
     A recipe that is a file is taken relative to the study's own folder. Raises ConfigError, which names file and
     key path, for whatever cannot be meant.
     """
-    built_in = source in study_names() and not Path(source).is_file()
+    built_in = source in study_names() and not is_file(source)
     file = resources.files(__package__.rpartition(".")[0]) / "studies" / f"{source}.yaml" if built_in else Path(source)
-    if not file.is_file():
+    if not (built_in or is_file(source)):
         raise ConfigError(f"{source!r} is neither a study file nor a built-in study; " + known_studies(source))
     try:
         values = load_yaml(file.read_text(encoding="utf-8"))
@@ -83,7 +84,7 @@ def load_study(source: str) -> Study:
     if not built_in:
         for task in study.tasks.values():
             beside = Path(source).parent / task.recipe
-            task.recipe = str(beside) if beside.is_file() else task.recipe
+            task.recipe = str(beside) if is_file(beside) else task.recipe
     return study
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from ..jsonfiles import believed, read_object
 from ..records import RANKS, RESULT
 from .grid import Run
 from .results import Record
@@ -18,15 +19,22 @@ _KEPT_BYTES = 4_000_000  # an adapter above that is dropped: full fine-tuning st
 
 
 def finished_record(run: Run, digest: str, folder: Path, wall: float) -> Record:
-    """What a run that ended well says of itself. Raises ValueError if it did not, with the reason."""
+    """What a run that ended well says of itself. Raises ValueError if it did not, with the reason, and AdapterFileError
+    for files that are damaged.
+    """
     file = folder / RESULT
     if not file.is_file():
         raise ValueError("it ended without a result.json")
-    result = json.loads(file.read_text(encoding="utf-8"))
-    if not result["complete"]:
-        raise ValueError(f"it was stopped before its end: {result['stopped']}")
+    result = read_object(file)
+    if not result.get("complete"):
+        raise ValueError(f"it was stopped before its end: {result.get('stopped')}")
+    with believed(folder):
+        return begun_record(run, digest, "finished") | _outcome(result, folder, wall)
+
+
+def _outcome(result: Record, folder: Path, wall: float) -> Record:
     metric = result["metric"]
-    return begun_record(run, digest, "finished") | {
+    return {
         "metric": metric,
         "validation": _defined(result["validation"][metric]),
         "test": _defined(result["scores"][metric]),

@@ -53,15 +53,16 @@ def read_results(out: Path) -> list[Record]:
     Raises AdapterFileError for any other line that is no record.
     """
     file = out / RESULTS
-    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
+    lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
     records: list[Record] = []
     for number, line in enumerate(lines[:-1], 1):  # what stands behind the last line end is torn
         try:
             record = json.loads(line)
             record["id"], record["status"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            shown = line.decode(errors="replace")
             raise AdapterFileError(
-                f"{str(file)!r}, line {number}, is no result of a run ({line!r:.60}); remove the line, and the run is "
+                f"{str(file)!r}, line {number}, is no result of a run ({shown!r:.60}); remove the line, and the run is "
                 "done again."
             ) from error
         records.append(record)

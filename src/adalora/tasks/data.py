@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..errors import DataError
+from ..files import is_file
 from ..sections import DataSection
 from .foreign import one_line, silenced
 
@@ -130,7 +131,7 @@ def _require_a_row_each(limit: int, classes: Sequence[Any]) -> None:
 
 def _from_file(split: str, file: str) -> Dataset:
     path = Path(file)
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(
             f"data.{split} is {file!r}, and there is no such file. Give a path, or set data.name to use a hub data set."
         )

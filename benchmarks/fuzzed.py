@@ -1,0 +1,133 @@
+"""The readers of recipes, studies, rows and records, for `benchmarks.fuzz`."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import adalora
+from adalora.commands.comparing import _folders
+from adalora.commands.rows import rows_of_file
+from adalora.commands.runs import read_trained
+from adalora.errors import AdapterFileError
+from adalora.htmlreport import write_report
+from adalora.integrations.checkpoints import last_complete_checkpoint
+from adalora.methods import build_method
+from adalora.recipe import Recipe, load_recipe, load_yaml, recipe_names
+from adalora.records import CHECKPOINTS
+from adalora.resuming import last_checkpoint, resumed, rewind
+from adalora.study.design import load_study, study_names
+from adalora.study.results import read_results
+from benchmarks import victims
+from benchmarks.fuzz import Reader
+
+RUN = ("recipe.yaml", "result.json", "metrics.jsonl", "ranks.jsonl", "adapter/adapter_config.json")
+CHECKPOINT = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+ROWS = [{"text": "a cat", "label": "animal", "tokens": ["a", "cat"]}, {"text": "an elm", "label": "plant", "n": 3}]
+
+
+def text_readers() -> dict[str, Reader]:
+    """Files that people write: recipes, studies, lists of runs, rows."""
+    source = Path(adalora.__file__).parent
+    names = sorted(recipe_names())[::7]
+    recipes = {f"{i}.yaml": (source / "recipes" / f"{name}.yaml").read_bytes() for i, name in enumerate(names)}
+    studies = {f"{name}.yaml": (source / "studies" / f"{name}.yaml").read_bytes() for name in study_names()}
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    rows = {
+        "rows.jsonl": lines,
+        "rows.json": json.dumps(ROWS).encode(),
+        "rows.csv": b'text,label\n"a, cat",animal\nan elm,plant\n',
+        "rows.tsv": b"text\tlabel\na cat\tanimal\n",
+        "rows.txt": b"a cat\nan elm\n",
+    }
+    setting = b"model.name_or_path=x\nmethod.init_r=4\ntraining={learning_rate: 1e-3}\ndata.train=a\n"
+    return {
+        "recipe": Reader(recipes, tuple(recipes), _recipes, 3),
+        "setting": Reader({"settings.txt": setting}, ("settings.txt",), _settings, 1),
+        "study": Reader(studies, tuple(studies), _studies, 2),
+        "list of runs": Reader({"runs.yaml": b"runs: [a, b]\n"}, ("runs.yaml",), _list_of_runs, 1),
+        "rows": Reader(rows, tuple(rows), _rows, 1),
+    }
+
+
+def run_readers(folder: Path) -> dict[str, Reader]:
+    """Files that we wrote: a run's folder as `adalora train` leaves it, its checkpoints, a study's results."""
+    victims.make_world(folder)
+    out = folder / "run"
+    out.mkdir()
+    victims.command(out, victims.Board())
+    for file in (*out.glob("**/*.png"), *out.glob("**/*.html"), out / victims.FINAL):
+        file.unlink()
+    names = [*RUN, "adapter/adapter_model.safetensors", "adapter/config.json"]
+    run = {name: (out / name).read_bytes() for name in names}
+    last = max((out / CHECKPOINTS).iterdir(), key=lambda path: path.stat().st_mtime)
+    checkpoint = {f"{CHECKPOINTS}/checkpoint-8/{name}": (last / name).read_bytes() for name in CHECKPOINT}
+    stopped = {name: run[name] for name in ("recipe.yaml", "metrics.jsonl", "ranks.jsonl")} | checkpoint
+    stopped["result.json"] = json.dumps(json.loads(run["result.json"]) | {"complete": False}).encode()
+    record = {"id": "t-a-1-0.1-0", "status": "finished", "task": "t", "arm": "a", "budget": 1.0, "seed": 0}
+    results = "".join(json.dumps(record | {"seed": seed}) + "\n" for seed in range(3)).encode()
+    return {
+        "report of a run": Reader(run, (*RUN, "adapter/adapter_model.safetensors"), _report, 1),
+        "run to use": Reader(run, (*RUN, "adapter/config.json"), _used, 1),
+        "run to resume": Reader(stopped, tuple(stopped), _resumed, 1),
+        "checkpoint": Reader(checkpoint, tuple(checkpoint), _checkpoint, 1),
+        "results of a study": Reader({"results.jsonl": results}, ("results.jsonl",), _results, 1),
+    }
+
+
+def _recipes(folder: Path, name: str) -> None:
+    recipe = load_recipe(str(folder / name))
+    build_method(recipe.method)
+    again = recipe.dump()
+    if Recipe.model_validate(load_yaml(again)).dump() != again:  # not by ==, for which NaN is no equal of itself
+        raise RuntimeError("a recipe that does not come back")
+
+
+def _settings(folder: Path, name: str) -> None:
+    lines = (folder / name).read_bytes().decode("utf-8", "replace").split("\n")
+    load_recipe("text-classification", [line for line in lines if line])
+
+
+def _studies(folder: Path, name: str) -> None:
+    load_study(str(folder / name))
+
+
+def _list_of_runs(folder: Path, name: str) -> None:
+    _folders(folder / name)
+
+
+def _rows(folder: Path, name: str) -> None:
+    list(rows_of_file(folder / name, load_recipe("text-classification")))
+
+
+def _report(folder: Path, _: str) -> None:
+    write_report(folder)
+
+
+def _used(folder: Path, _: str) -> None:
+    read_trained(folder)
+
+
+def _results(folder: Path, _: str) -> None:
+    read_results(folder)
+
+
+def _resumed(folder: Path, _: str) -> None:
+    """What `adalora train --resume` reads before it builds anything. A torn checkpoint would be removed: not here."""
+    with io.StringIO() as screen, resumed(folder):
+        load_recipe(str(folder / "recipe.yaml"))
+        if last_complete_checkpoint(folder / CHECKPOINTS):
+            last_checkpoint(folder, Console(file=screen).print)
+        rewind(folder, 8)
+
+
+def _checkpoint(folder: Path, _: str) -> None:
+    found = last_complete_checkpoint(folder / CHECKPOINTS)
+    if found is None:
+        raise AdapterFileError("passed over")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.load(found / name, weights_only=True)
