@@ -15,7 +15,7 @@ from adalora.errors import AdaLoraError, AdapterFileError, ConfigError
 from adalora.recipe import load_yaml
 from adalora.study.choice import choose, extension
 from adalora.study.design import Study, load_study, study_names
-from adalora.study.grid import Cell, Grid, Run, check_arms
+from adalora.study.grid import Cell, Grid, Run, check_arms, digest_of
 from adalora.study.ledger import Ledger, parse_only
 from adalora.study.outcome import final_ranks, tidy
 from adalora.study.rankmaps import rank_grid, save_ranks, uneven
@@ -177,6 +177,14 @@ def test_a_run_has_the_same_digest_wherever_its_files_are_and_another_one_for_ot
 
 def finished(means: dict[float, float], seeds: tuple[int, ...] = (0, 1, 2)) -> dict[float, dict[int, float | None]]:
     return {rate: {seed: value + 0.1 * (seed - 1) for seed in seeds} for rate, value in means.items()}
+
+
+def test_a_digest_outlives_new_keys_that_are_left_open() -> None:
+    old = {"task": "classification", "model": {"name": "m"}, "method": {"name": "adalora", "lora_alpha": None}}
+    new = {**old, "model": {"name": "m", "dtype": None}, "metric": None}
+    assert digest_of(old) == digest_of(new)
+    assert digest_of(old) != digest_of({**old, "model": {"name": "m", "dtype": "bf16"}})
+    assert digest_of(old) != digest_of({**old, "method": {"name": "adalora"}})  # its default may be another
 
 
 def test_an_interior_best_is_taken_at_once() -> None:

@@ -96,7 +96,7 @@ class Grid:
 
     def digest(self, run: Run, sources: Mapping[Cell, Run]) -> str:
         """Of the recipe, so that a result is never taken for that of another one."""
-        return hashlib.sha256(self.portable(run, sources).dump().encode()).hexdigest()[:16]
+        return digest_of(self.portable(run, sources).model_dump(mode="json"))
 
     def first(self, cell: Cell) -> Run:
         """Any run of the cell, to check its recipe."""
@@ -137,6 +137,18 @@ class Grid:
             adapted = base.model_copy(update={"method": {"name": "adalora", **shared}})
             self._units[run.cell.task] = self.unit(adapted)
         return self._units[run.cell.task]
+
+
+def digest_of(recipe: Mapping[str, Any]) -> str:
+    """Of a recipe's values. Keys left open count for nothing, so that one which a later version adds changes none."""
+    said = {
+        name: {key: value for key, value in section.items() if value is not None or name == "method"}
+        if isinstance(section, dict)
+        else section
+        for name, section in recipe.items()
+        if section is not None
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_arms(study: Study, name: str) -> None:
