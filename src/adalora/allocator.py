@@ -22,7 +22,7 @@ from .attachment import Attachment, claim
 from .errors import ConfigError, TrainingError
 from .injection import Progress, adapter_config, adapter_root, model_budget, named_adapters, record_progress
 from .masking import mask_
-from .optimizers import check_membership, step_is_skipped, unwrap
+from .optimizers import check_membership, once_a_step, step_is_skipped, unwrap
 from .schedule import Phase, Schedule, run_length
 from .verdicts import Verdicts
 
@@ -72,9 +72,10 @@ class RankAllocator:
         claim(optimizer, self)
         self.detach()
         self._attachment = Attachment(optimizer, self.modules, self.config, self.schedule.window)
+        before, after = once_a_step(self._before_step, self._after_step)
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
             optimizer.register_load_state_dict_post_hook(self._after_loading),
         ]
         self._record(self.step)
