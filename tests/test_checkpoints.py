@@ -108,6 +108,7 @@ def test_the_last_whole_checkpoint_is_found_behind_a_torn_one(
     assert last_complete_checkpoint(folder) == folder / "checkpoint-6"
 
 
+@pytest.mark.slow
 def test_a_trainer_goes_on_from_it_bit_by_bit(folder: Path, whole: tuple[Path, list[Any]]) -> None:
     shutil.rmtree(folder / "checkpoint-9")
     (folder / "checkpoint-6" / "trainer_state.json").unlink()
@@ -136,6 +137,7 @@ class Bomb:
         return os.mkdir, (str(self.file),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_with_code_in_it_is_passed_over_and_the_code_does_not_run(folder: Path, name: str) -> None:
     file, mark = folder / "checkpoint-9" / name, folder / "it ran"
@@ -147,6 +149,7 @@ def test_a_checkpoint_with_code_in_it_is_passed_over_and_the_code_does_not_run(f
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_nothing_that_a_resumed_trainer_loads_is_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: dict[str, bool] = {}
     load = torch.load

@@ -185,6 +185,36 @@ def test_stored_numbers_of_another_type_are_taken_as_the_numbers_they_are(tmp_pa
         assert torch.equal(module.lora_A.to(dtype), tensors[f"base_model.model.{name}.lora_A"])
 
 
+@pytest.mark.parametrize("parent", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("parents_step_has_hooks", [False, True])
+def test_an_optimizer_whose_step_calls_its_parents_counts_each_step_once(
+    parent: type[torch.optim.Optimizer], parents_step_has_hooks: bool
+) -> None:
+    """torch runs hooks at both levels once a plain optimizer of the parent's class was made in the process."""
+
+    class Base(parent):  # type: ignore[misc, valid-type]
+        def step(self, closure: object = None) -> None:
+            super().step(closure)
+
+    class Outer(Base):
+        def step(self, closure: object = None) -> None:
+            super().step(closure)
+
+    parent([nn.Parameter(torch.zeros(1))], lr=0.1)
+    if parents_step_has_hooks:
+        Base([nn.Parameter(torch.zeros(1))], lr=0.1)
+    wanted, other, _ = begun(lambda model: parent(adalora.adapter_parameters(model), lr=0.05))
+    model, optimizer, allocator = begun(lambda model: Outer(adalora.adapter_parameters(model), lr=0.05))
+    for step in range(STEPS):
+        step_once(wanted, other, step)
+        step_once(model, optimizer, step)
+        assert allocator.step == step + 1
+    assert allocator.live == 4
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), wanted.state_dict().values(), strict=True)
+    )
+
+
 def test_an_optimizer_that_fails_in_its_update_leaves_averages_and_step_of_the_step_before() -> None:
     class Failing(torch.optim.SGD):
         broken = False
@@ -204,3 +234,7 @@ def test_an_optimizer_that_fails_in_its_update_leaves_averages_and_step_of_the_s
     assert allocator.step == 6
     assert_unchanged(model, before[0])
     assert all(torch.equal(s[SENSITIVITY], before[1][p]) for p, s in optimizer.state.items())
+    Failing.broken = False
+    for step in range(6, STEPS):
+        step_once(model, optimizer, step)
+    assert (allocator.step, allocator.live) == (STEPS, 4)

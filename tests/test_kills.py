@@ -27,6 +27,7 @@ def test_runs_killed_at_random_moments_end_as_one_that_was_left_alone(kind: str,
     assert sum(record["places"].get(phase, 0) for phase in ("warmup", "reduction", "final")) >= count - 1
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_writes_a_checkpoint_keeps_the_one_before(tmp_path: Path) -> None:
     """Nothing of a torn file is ever under its name, whenever the kill comes."""
     chance = random.Random(2)

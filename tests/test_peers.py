@@ -756,7 +756,8 @@ def test_C9_injection_changes_nothing() -> None:
 def penalty_norm(model: nn.Module, accumulation: int, weight: float = 1.0) -> float:
     """Norm of the gradient of A and B that the regularizer alone gives in one step."""
     adapters = dict(named_adapters(model)).values()
-    optimizer = torch.optim.SGD(adalora.adapter_parameters(model), lr=0.0)
+    # A first step with rate 0 and no gradient would be a checkpoint's rehearsal.
+    optimizer = torch.optim.SGD(adalora.adapter_parameters(model), lr=1e-30)
     adalora.RankAllocator(model, STEPS).attach(optimizer)
     for step in range(accumulation):
         (model(batch(step)[0]).logits.sum() * 0).backward()

@@ -69,7 +69,7 @@ def run(parts: Any, begin: int, save_at: dict[int, Path], end: int = STEPS * MIC
     return losses
 
 
-@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("compact", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_accelerate_goes_on_bit_by_bit_from_every_phase(tmp_path: Path, compact: bool) -> None:
     folders = {step: tmp_path / name for name, step in PLACES.items()}
     whole = prepared(None, compact)

@@ -23,7 +23,7 @@ from .errors import ConfigError, TrainingError
 from .gathering import reshard_
 from .injection import Progress, adapter_config, adapter_root, model_budget, named_adapters, record_progress
 from .masking import mask_
-from .optimizers import step_is_skipped, unwrap
+from .optimizers import once_a_step, step_is_skipped, unwrap
 from .schedule import Phase, Schedule, run_length
 from .verdicts import Verdicts
 
@@ -72,11 +72,9 @@ class RankAllocator:
         claim(optimizer, self)
         self.detach()
         self._attachment = Attachment(optimizer, self, self.schedule.window)
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_post_hook(self._after_loading),
-        ]
+        before, after = once_a_step(self._before_step, self._after_step)
+        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        self._hooks.append(optimizer.register_load_state_dict_post_hook(self._after_loading))
         self._record(self.step)
         return self
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,6 +15,10 @@ from torch.optim import Optimizer
 from .errors import TrainingError
 from .layers import SVDAdapter
 from .sharding import agreed, layout, local, place
+
+PreHook = Callable[[Optimizer, Any, dict[str, Any]], Any]
+PostHook = Callable[[Optimizer, Any, dict[str, Any]], None]
+_OPTIMIZER_FILE = Optimizer.profile_hook_step.__code__.co_filename
 
 # State that torch's optimizers keep in the parameter's own shape. load_state_dict takes any shape.
 _SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
@@ -144,6 +150,44 @@ def when_gradients_are_there(args: Any, kwargs: dict[str, Any], then: Callable[[
 
     rest = {key: value for key, value in kwargs.items() if key != "closure"}
     return (args[0], closure_and_then, *args[2:]), rest
+
+
+def once_a_step(before: PreHook, after: PostHook) -> tuple[PreHook, PostHook]:
+    """The hooks, for the outermost call of `step` only.
+
+    Where the step of a subclass calls that of its parent, torch runs all hooks at both, or not: at the parent's once
+    any optimizer of that class was made. A step that failed has had its pre-hooks only.
+    """
+    is_open, inner = False, 0
+
+    def outer_before(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        nonlocal is_open, inner
+        if is_open and _calls_under_way(optimizer) > 1:
+            inner += 1
+            return None
+        is_open, inner = True, 0
+        return before(optimizer, args, kwargs)
+
+    def outer_after(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal is_open, inner
+        if inner:
+            inner -= 1
+            return
+        is_open = False
+        after(optimizer, args, kwargs)
+
+    return outer_before, outer_after
+
+
+def _calls_under_way(optimizer: Optimizer) -> int:
+    """How often torch's wrapper around `step`, which runs the hooks, is on the stack with this optimizer."""
+    frame: FrameType | None = sys._getframe()
+    count = 0
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _OPTIMIZER_FILE:
+            count += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return count
 
 
 def maximized(optimizer: Optimizer) -> set[int]:
