@@ -9,7 +9,9 @@ from torch import nn
 
 import adalora
 from adalora import AdaLoraConfig, RankAllocator, inject
-from adalora.injection import adapter_config, named_adapters
+from adalora.errors import TrainingError
+from adalora.injection import adapter_config, named_adapters, training_progress
+from adalora.start import activation_start_
 
 
 def line() -> nn.Module:
@@ -78,3 +80,22 @@ def test_triplets_are_pruned_to_the_budget_and_saved(importance: str, tmp_path: 
     assert losses[-1] < 0.9 * losses[0]
     assert sum(module.rank for _, module in named_adapters(model)) == 4
     assert adalora.save_adapter(model, f"{tmp_path}/adapter") == 0
+
+
+def test_a_start_is_loaded_as_untrained_and_a_trained_state_with_its_pattern() -> None:
+    """Λ is 1 at the start, so that neither "not zero" nor "not 1" alone says which triplets a state keeps."""
+    config = AdaLoraConfig(init_r=4, target_r=4, init_lora_weights="lora", lora_alpha=8.0)
+    state = inject(line(), config).state_dict()
+    fresh = inject(line(), config)
+    fresh.load_state_dict(state)
+    [(_, module)] = named_adapters(fresh)
+    assert module.rank == 4 and training_progress(fresh).steps == 0
+    state["0.lora_E"] = torch.tensor([[1.0], [0.0], [0.7], [1.0]])
+    fresh.load_state_dict(state)
+    assert module.lora_keep.tolist() == [True, False, True, True] and training_progress(fresh).steps is None
+
+
+def test_a_start_from_data_is_refused_by_its_reason() -> None:
+    model = inject(line(), AdaLoraConfig(init_r=2, target_r=2, init_lora_weights="lora", lora_alpha=8.0))
+    with pytest.raises(TrainingError, match=r"Λ of '0' is not zero.*another init_lora_weights"):
+        activation_start_(model, [torch.randn(5, 12)], lambda model, x: model(x))

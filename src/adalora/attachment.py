@@ -151,12 +151,12 @@ class Attachment:
                 "the adapter was compacted, but the optimizer is at the start of a run; load the optimizer's state "
                 "too, or read the saved adapter with load_adapter(..., trainable=True) and train that."
             )
-        if any(module._parameters.get("lora_A") is not factors[0] for _, module, factors in self._trained):
-            reshard_(self._root)
         for name, module, factors in self._trained:
             own = module._parameters
             if "lora_E" not in own:
                 raise TrainingError(f"{name!r} was ejected, but an allocator still drives it; call detach() on that.")
+            if own["lora_A"] is not factors[0]:
+                reshard_(self._root)  # FSDP2 may still show the gathered ones, of all modules
             if own["lora_A"] is not factors[0]:
                 check_place(f"{name}.lora_A", module.lora_A)
                 raise TrainingError(

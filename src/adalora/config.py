@@ -57,7 +57,7 @@ class AdaLoraConfig:
     Step
         lora_alpha, lora_dropout: the increment is scaled by lora_alpha / (init_r + 1e-5) for life, as in the
             authors' code; rescaling by the current rank was tried by them and hurt. None lets `inject` choose
-            the number with which LoRA's usual learning rates serve (`stepsize`).
+            the number that makes the first step move ΔW as far as LoRA's does (`stepsize`).
         init_lora_weights: "gaussian", N(0, 0.02²) as in the authors' code; "lora", as LoRA begins; "orthogonal"; or
             from data, "gradient" or "activation", which a Trainer finds itself; for other loops see `start`.
         refactor: after each allocation make P and Q orthonormal and Λ the singular values, exactly (`refactoring`).

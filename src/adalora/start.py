@@ -5,11 +5,10 @@ Then ∂L/∂λ_i = -s·σ_i(G), the steepest that r orthonormal pairs allow, wh
 s·‖G‖_F / √(out·in); the sign lets descent make λ positive, which singular values are.
 
 `init_lora_weights="gradient"` or `"activation"` asks for one of them. In a Trainer `AdaLoraCallback` makes it; in other
-loops call it between `inject` and the first step, which is refused without it. With the other choices either may be
-called, and need not be.
+loops call it between `inject` and the first step, which is refused without it. After "gaussian" and "orthogonal" either
+may be called, and need not be; after "lora", whose Λ is 1, neither can.
 
-G is sketched, never formed (`sketch`). One pass over the batches would do with a sketch of either side and a
-pseudo-inverse between them, at a larger error; batches are few and run once in a training, so passes are cheap.
+G is sketched, never formed (`sketch`), in four passes over a few batches; one would do at a larger error.
 """
 
 from __future__ import annotations
@@ -149,7 +148,8 @@ def _adapters(model: nn.Module) -> tuple[dict[str, SVDAdapter], dict[str, SVDDen
     for name, module in modules.items():
         if module.lora_E.detach().any():
             raise TrainingError(
-                f"Λ of {name!r} is not zero, so new directions would change the model; a start belongs before training."
+                f"Λ of {name!r} is not zero, so new directions would change the model: a start comes before training, "
+                'and to another init_lora_weights than "lora".'
             )
         if module.merged or not module.adapter_enabled:
             raise TrainingError(f"{name!r} is merged or disabled; a start needs the adapter in place.")

@@ -1,4 +1,4 @@
-"""How far one optimizer step moves ΔW: the scale with which LoRA's usual learning rates serve.
+"""How far one optimizer step moves ΔW: the scale that makes the first one as long as LoRA's.
 
 Adam moves each entry by about the learning rate η, whatever its gradient. The first step of LoRA, B = 0 and A
 Kaiming-uniform with rows of norm √⅓, gives ‖ΔW‖ = s η √(r·out/3); that of PΛQ with Λ = 0 gives ‖ΔW‖ = s η √r ‖p‖‖q‖.
