@@ -24,6 +24,7 @@ FREEZE = 4  # first step of the final phase in the compacted arms
 HORIZON = 10_000  # steps that a schedule spans: no measurement outlasts it
 
 FLOOR, LORA, PEFT_ADALORA, OURS, EVEN = "frozen floor", "PEFT LoRA", "PEFT AdaLoRA", "adalora", "adalora, even"
+FISHER = "adalora, fisher"
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ def ours(setting: Setting) -> Arm:
     return _ours(setting, target_r=TARGET, tfinal=1)[0]
 
 
+def ours_by_fisher(setting: Setting) -> Arm:
+    """This package with the importance that is read from Λ alone, the budget in parameters, and no regularizer."""
+    return _ours(setting, target_r=TARGET, tfinal=1, importance="fisher", budget="params", orth_reg_weight=0)[0]
+
+
 def ours_compacted(setting: Setting, **choices: Any) -> Arm:
     """This package in its final phase, compacted: a few steps on one sequence freeze the pattern."""
     arm, allocator = _ours(setting, target_r=COMPACT, tfinal=HORIZON - FREEZE, **choices)
@@ -133,7 +139,13 @@ def ours_compacted(setting: Setting, **choices: Any) -> Arm:
     return arm
 
 
-BUDGET: dict[str, Builder] = {FLOOR: frozen_floor, LORA: peft_lora, PEFT_ADALORA: peft_adalora, OURS: ours}
+BUDGET: dict[str, Builder] = {
+    FLOOR: frozen_floor,
+    LORA: peft_lora,
+    PEFT_ADALORA: peft_adalora,
+    OURS: ours,
+    FISHER: ours_by_fisher,
+}
 # Which triplets survive on random weights says nothing of a real task, and matrices left with rank 0 cost
 # nothing. So a second arm keeps COMPACT in every matrix and is LoRA's equal, shape by shape.
 COMPACTED: dict[str, Builder] = {

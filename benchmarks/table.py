@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def _step_stage(cells: Sequence[records.Record]) -> str:
-    arms = [name for name in cells[0]["arms"] if name != FLOOR]
+    arms = list(dict.fromkeys(name for cell in cells for name in cell["arms"] if name != FLOOR))
     ours = [name for name in arms if name != LORA]
     pruned = cells[0]["stage"] == "compacted"
     heads = ["model", "tokens", "threads", "dropout", *(["matrices at rank 0"] if pruned else []), "floor, ms"]
@@ -109,12 +109,17 @@ def _step_stage(cells: Sequence[records.Record]) -> str:
             f"{cell['dropout']:g}",
             *([str(cell["arms"][OURS]["empty"])] if pruned else []),
             f"{cell['arms'][FLOOR]['ms']:.0f}",
-            *(_spread(cell["arms"][name]["floor"]) for name in arms),
-            *(_spread(cell["arms"][name]["lora"]) for name in ours),
+            *(_ratio(cell, name, "floor") for name in arms),
+            *(_ratio(cell, name, "lora") for name in ours),
         ]
         for cell in cells
     ]
     return markdown(heads, rows)
+
+
+def _ratio(cell: records.Record, name: str, to: str) -> str:
+    """The ratio of an arm to another, or a dash in a cell from before the arm was there."""
+    return _spread(cell["arms"][name][to]) if name in cell["arms"] else "–"
 
 
 def _counts_cell(cell: records.Record) -> str:

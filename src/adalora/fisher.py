@@ -50,21 +50,20 @@ class FisherAverages:
 
     def scores(self) -> Tensor:
         """v / w of every triplet, (sum of r,), in the order of the modules; 0 where no gradient came yet."""
-        device, state = self._modules[0].lora_E.device, self._optimizer.state
-        parts = []
-        for module in self._modules:
-            held = [state.get(module.lora_E, {}).get(key) for key in _KEYS]
-            known = held[0] is not None and held[1] is not None
-            parts.append(
-                local(held[0]) / local(held[1]).clamp_min(1e-30) if known else torch.zeros_like(local(module.lora_E))
-            )
-        return completed(parts, [module.lora_E for module in self._modules], device)
+        device, parameters = self._modules[0].lora_E.device, [module.lora_E for module in self._modules]
+        squares, weight = (torch.cat([self._known(p, key).to(device) for p in parameters]) for key in _KEYS)
+        parts = torch.split(squares / weight.clamp_min(1e-30), [len(local(p)) for p in parameters])
+        return completed(parts, parameters, device)
 
     def drop(self) -> None:
         """Free them: a final pattern asks no more questions, and another basis has other answers."""
         for module in self._modules:
             for key in _KEYS:
                 self._optimizer.state.get(module.lora_E, {}).pop(key, None)
+
+    def _known(self, parameter: Tensor, key: str) -> Tensor:
+        value = self._optimizer.state.get(parameter, {}).get(key)
+        return torch.zeros_like(local(parameter)) if value is None else local(value)
 
     def _held(self, module: SVDAdapter, key: str) -> Tensor:
         state = self._optimizer.state[module.lora_E]

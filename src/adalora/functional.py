@@ -112,7 +112,9 @@ class _AdaptedLinear(torch.autograd.Function):
             output = F.linear(x, weight, bias)  # of x as it comes: torch's kernel, and so its bits, depend on strides
             projected = low @ (x if mask is None else x * mask).reshape(-1, x.shape[-1]).t()  # (r, T)
             output.view(-1, output.shape[-1]).addmm_(projected.t(), gated, alpha=scaling)  # (T, out)
-        ctx.save_for_backward(x, mask, weight, A, E, B, None if merge else gated, projected)
+        # One multiplication makes diag(E) Bᵀ again: where the layer widens, keeping it is dearer than that.
+        kept = None if merge or weight.shape[0] > weight.shape[1] else gated
+        ctx.save_for_backward(x, mask, weight, A, E, B, kept, projected)
         ctx.scaling = scaling
         ctx.set_materialize_grads(False)
         return output
@@ -134,8 +136,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, mask, weight, A, E, B, gated, projected = ctx.saved_tensors
     need_x, _, _, need_bias, need_A, need_E, need_B = ctx.needs_input_grad[:7]
     scaling, low, merge = ctx.scaling, A.to(x.dtype), projected is None
-    if merge:
-        gated = B.t() * E
+    if gated is None:
+        gated = (B.t() * E).to(x.dtype)
     grads = grad.reshape(-1, grad.shape[-1])  # (T, out)
     back = gated @ grads.t()  # (r, T)
     grad_x = grad_A = grad_E = grad_B = None
