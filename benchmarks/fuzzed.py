@@ -1,33 +1,73 @@
-"""The readers of recipes, studies, rows and records, for `benchmarks.fuzz`."""
+"""The readers that `benchmarks.fuzz` feeds, each with files that it reads whole."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import adalora
+from adalora.claiming import CHECKPOINTS
 from adalora.commands.comparing import _folders
 from adalora.commands.rows import rows_of_file
 from adalora.commands.runs import read_trained
-from adalora.errors import AdapterFileError
+from adalora.config import AdaLoraConfig
+from adalora.errors import AdaLoraError, AdapterFileError
 from adalora.htmlreport import write_report
 from adalora.integrations.checkpoints import last_complete_checkpoint
 from adalora.methods import build_method
-from adalora.recipe import Recipe, load_recipe, load_yaml, recipe_names
-from adalora.records import CHECKPOINTS
+from adalora.recipe import Recipe, load_recipe, recipe_names
 from adalora.resuming import last_checkpoint, resumed, rewind
 from adalora.study.design import load_study, study_names
 from adalora.study.results import read_results
+from adalora.yamlfiles import load_yaml
 from benchmarks import victims
-from benchmarks.fuzz import Reader
+from benchmarks.board import FINAL, Board
+from benchmarks.world import make_world
 
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RUN = ("recipe.yaml", "result.json", "metrics.jsonl", "ranks.jsonl", "adapter/adapter_config.json")
 CHECKPOINT = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 ROWS = [{"text": "a cat", "label": "animal", "tokens": ["a", "cat"]}, {"text": "an elm", "label": "plant", "n": 3}]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`files` are valid ones by name; `read` is given the folder that holds them, and which of them is damaged."""
+
+    files: dict[str, bytes]
+    damaged: tuple[str, ...]
+    read: Callable[[Path, str], Any]
+    share: float
+
+
+def make_readers(folder: Path) -> dict[str, Reader]:
+    """All of them, with the files that they read whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return adapter_readers(folder) | text_readers() | run_readers(folder)
+
+
+def adapter_readers(folder: Path) -> dict[str, Reader]:
+    """An adapter of ours, and one as PEFT writes it, without our digests; and a configuration alone."""
+    model = _trained()
+    adalora.save_adapter(model, folder / "ours", warn=False)
+    ours = {name: (folder / "ours" / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    save_file(load_file(folder / "ours" / WEIGHTS), folder / "ours" / WEIGHTS, {"format": "pt"})
+    foreign = ours | {WEIGHTS: (folder / "ours" / WEIGHTS).read_bytes()}
+    config = json.dumps(AdaLoraConfig(max_rank={"a": 3}, target_parameters=0.1, budget="params").to_dict()).encode()
+    return {
+        "adapter of ours": Reader(ours, (CONFIG, WEIGHTS), _adapter, 3),
+        "adapter of PEFT": Reader(foreign, (CONFIG, WEIGHTS), _adapter, 3),
+        "configuration": Reader({"config.json": config}, ("config.json",), _configuration, 1),
+    }
 
 
 def text_readers() -> dict[str, Reader]:
@@ -56,11 +96,11 @@ def text_readers() -> dict[str, Reader]:
 
 def run_readers(folder: Path) -> dict[str, Reader]:
     """Files that we wrote: a run's folder as `adalora train` leaves it, its checkpoints, a study's results."""
-    victims.make_world(folder)
+    make_world(folder)
     out = folder / "run"
     out.mkdir()
-    victims.command(out, victims.Board())
-    for file in (*out.glob("**/*.png"), *out.glob("**/*.html"), out / victims.FINAL):
+    victims.command(out, Board())
+    for file in (*out.glob("**/*.png"), *out.glob("**/*.html"), out / FINAL):
         file.unlink()
     names = [*RUN, "adapter/adapter_model.safetensors", "adapter/config.json"]
     run = {name: (out / name).read_bytes() for name in names}
@@ -77,6 +117,56 @@ def run_readers(folder: Path) -> dict[str, Reader]:
         "checkpoint": Reader(checkpoint, tuple(checkpoint), _checkpoint, 1),
         "results of a study": Reader({"results.jsonl": results}, ("results.jsonl",), _results, 1),
     }
+
+
+def _small() -> nn.Module:
+    """The model of the adapters."""
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+def _trained() -> nn.Module:
+    """One that looks as if training were over, with ranks 3 and 1."""
+    torch.manual_seed(0)
+    model = adalora.inject(_small(), AdaLoraConfig(target_modules=["0", "2"], init_r=4, target_r=2, bias="lora_only"))
+    for index, rank in ((0, 3), (2, 1)):
+        module: Any = model[index]
+        with torch.no_grad():
+            module.lora_E.normal_()
+            module.lora_E[rank:] = 0.0
+        module.lora_keep[rank:] = False
+    return model
+
+
+def _adapter(folder: Path, _: str) -> None:
+    """Read an adapter into a model, which an error leaves alone, and which afterwards computes numbers."""
+    torch.manual_seed(1)
+    model = _small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        adalora.load_adapter(model, folder)
+    except AdaLoraError:
+        after = model.state_dict()
+        if after.keys() != before.keys() or any(not torch.equal(after[name], before[name]) for name in before):
+            raise RuntimeError("an adapter that was refused has changed the model") from None
+        raise
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise RuntimeError("numbers that are not finite were read")
+    if not sum(p.numel() for p in model.parameters()) < 10_000:
+        raise RuntimeError("the adapter is larger than its file")
+
+
+def _configuration(folder: Path, _: str) -> None:
+    """As a reader of JSON would: what is no object is none of AdaLoraConfig's business."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return
+    if isinstance(values, dict):
+        config = AdaLoraConfig.from_dict(values)
+        if json.loads(json.dumps(config.to_dict())) != json.loads(
+            json.dumps(AdaLoraConfig.from_dict(config.to_dict()).to_dict())
+        ):
+            raise RuntimeError("a configuration that does not come back")
 
 
 def _recipes(folder: Path, name: str) -> None:

@@ -27,12 +27,13 @@ from typing import Any
 import torch
 
 from adalora.schedule import Schedule
-from benchmarks import records, victims
-from benchmarks.victims import FINAL, MICRO, SCHEDULE, STEPS, Board, Victim
+from benchmarks import loops, records, victims
+from benchmarks.board import FINAL, MICRO, SCHEDULE, STEPS, Board, Victim
+from benchmarks.world import make_world, settings
 
 SHARES: dict[str, tuple[Victim, float]] = {
-    "plain loop": (victims.plain, 0.36),
-    "plain loop, compacting": (victims.compacting, 0.2),
+    "plain loop": (loops.plain, 0.36),
+    "plain loop, compacting": (loops.compacting, 0.2),
     "Trainer": (victims.trainer, 0.24),
     "adalora train": (victims.command, 0.12),
 }  # the rest are commands in processes of their own
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rest = options.kills - sum(counts.values())
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder)
-        victims.make_world(world)
+        make_world(world)
         different = 0
         for kind, count in [*counts.items(), *([(COMMANDS, rest)] if rest > 0 else [])]:
             one = commands if kind == COMMANDS else series
@@ -143,8 +144,8 @@ def finish(child: int) -> None:
 def commands(kind: str, kills: int, seed: int, world: Path) -> records.Record:
     """`adalora train` as a user calls it, killed at random times of its training, then resumed."""
     chance, begun = random.Random(f"{kind} {seed}"), time.monotonic()
-    settings = [f"--set={text}" for text in victims.settings(world)]
-    train = [sys.executable, "-W", "ignore", "-m", "adalora", "train", "text-classification", *settings, "--out"]
+    chosen = [f"--set={text}" for text in settings(world)]
+    train = [sys.executable, "-W", "ignore", "-m", "adalora", "train", "text-classification", *chosen, "--out"]
     whole, out = world / "whole", world / "run"
     subprocess.run([*train, str(whole)], check=True, capture_output=True, timeout=ENOUGH)
     span = (whole / "result.json").stat().st_mtime - (whole / "recipe.yaml").stat().st_mtime

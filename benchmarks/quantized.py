@@ -24,9 +24,10 @@ from adalora.injection import named_adapters
 from adalora.merging import merge, unmerge
 from adalora.quantized import CHOICES, dequantized, is_quantized
 from adalora.recipe import load_recipe
+from adalora.result import RunResult
 from adalora.tasks.docstrings import load, write_jsonl
 from adalora.tasks.foreign import silenced
-from adalora.train import RunResult, run
+from adalora.train import run
 from benchmarks import records
 
 ROOT = Path(__file__).parent.parent

@@ -33,11 +33,12 @@ CORE = (
     {"export", "whole"},
 )
 RINGS = (
-    {"sections"},
+    {"sections", "yamlfiles", "claiming"},
     {"integrations", "recipe", "drawings"},
     {"methods", "tasks"},
-    {"plan", "card", "records", "resolve", "htmlreport"},
-    {"resuming"},
+    {"plan", "card", "records", "resolve", "htmlreport", "screen", "trainer", "failures"},
+    {"resuming", "job"},
+    {"reloading", "result"},
     {"train"},
     {"summary"},
     {"study"},

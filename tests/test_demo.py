@@ -8,8 +8,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from adalora.demo import SENTENCES, run_demo
+from adalora.result import RunResult
 from adalora.tasks.baselines import BaselineResult
-from adalora.train import RunResult
 
 pytestmark = pytest.mark.slow
 

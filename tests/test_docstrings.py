@@ -13,7 +13,8 @@ import pytest
 from adalora.errors import AdaLoraWarning, AdapterFileError, DataError
 from adalora.tasks import docstrings, encoder
 from adalora.tasks.baselines import bag_of_words, embed, linear_probe
-from adalora.tasks.docstrings import CAPS, LABELS, DocstringData, Example, type_label
+from adalora.tasks.docstrings import CAPS, LABELS, DocstringData, Example
+from adalora.tasks.numpydoc import type_label
 
 
 @pytest.fixture(scope="module")

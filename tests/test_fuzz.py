@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from benchmarks import fuzz, fuzzed
+from benchmarks.damage import damage
 
 from adalora.errors import AdaLoraError, AdapterFileError, ConfigError, DataError
 from adalora.jsonfiles import believed, read_object, read_records
@@ -17,9 +18,9 @@ from adalora.recipe import load_recipe
 from adalora.study.design import load_study
 
 
-def readers(folder: Path) -> dict[str, fuzz.Reader]:
+def readers(folder: Path) -> dict[str, fuzzed.Reader]:
     (folder / "made").mkdir()
-    return fuzz.adapter_readers(folder / "made") | fuzzed.text_readers()
+    return fuzzed.adapter_readers(folder / "made") | fuzzed.text_readers()
 
 
 def test_a_sample_of_damaged_adapters_recipes_studies_and_rows(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_the_same_number_makes_the_same_input(tmp_path: Path) -> None:
 
     content = b'{"a": [1, 2, {"b": null}]}'
     for number in range(30):
-        made = [fuzz.damage(content, "x.json", random.Random(number)) for _ in range(2)]
+        made = [damage(content, "x.json", random.Random(number)) for _ in range(2)]
         assert made[0] == made[1]
 
 
@@ -51,7 +52,7 @@ def test_a_reader_that_lets_something_else_through_is_told(tmp_path: Path) -> No
     def careless(folder: Path, name: str) -> Any:
         return json.loads((folder / name).read_bytes())
 
-    record, errors = fuzz.feed(fuzz.Reader({"x.json": b'{"a": 1}'}, ("x.json",), careless, 1), 50, tmp_path / "fed")
+    record, errors = fuzz.feed(fuzzed.Reader({"x.json": b'{"a": 1}'}, ("x.json",), careless, 1), 50, tmp_path / "fed")
     assert record["failed"] == len(errors) > 10
     assert all("JSONDecodeError" in text or "Error" in text for _, text in errors)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import kills, victims
+from benchmarks import board, kills, loops
+from benchmarks.world import preload
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from benchmarks import kills, victims
 )
 def test_runs_killed_at_random_moments_end_as_one_that_was_left_alone(kind: str, count: int, tmp_path: Path) -> None:
     if kind == "Trainer":
-        victims.preload()
+        preload()
     record = kills.series(kind, count, seed=5, world=tmp_path)
     assert record["kills"] == count
     assert record["different"] == 0
@@ -32,10 +33,10 @@ def test_a_run_killed_while_it_writes_a_checkpoint_keeps_the_one_before(tmp_path
     """Nothing of a torn file is ever under its name, whenever the kill comes."""
     chance = random.Random(2)
     for place in (8, 50):
-        where = kills.kill(victims.plain, tmp_path / "run", place, chance, within_write=True)
+        where = kills.kill(loops.plain, tmp_path / "run", place, chance, within_write=True)
         assert where is not None and "while writing" in where
         held = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["place"]
-        assert held % victims.CHECKPOINT_EVERY == 0 and place + 1 - victims.CHECKPOINT_EVERY <= held
+        assert held % loops.CHECKPOINT_EVERY == 0 and place + 1 - loops.CHECKPOINT_EVERY <= held
 
 
 def test_the_comparison_sees_one_bit() -> None:
@@ -50,6 +51,6 @@ def test_the_comparison_sees_one_bit() -> None:
 
 def test_places_are_told_by_phase() -> None:
     assert kills.words(1, False) == ["warmup", "between micro-batches"]
-    assert kills.words(2 * victims.SCHEDULE["tinit"] + 2, True) == ["reduction", "while writing"]
-    assert kills.words(2 * victims.STEPS - 2, False) == ["final"]
-    assert kills.words(2 * victims.STEPS, True) == ["after the last step", "while writing"]
+    assert kills.words(2 * board.SCHEDULE["tinit"] + 2, True) == ["reduction", "while writing"]
+    assert kills.words(2 * board.STEPS - 2, False) == ["final"]
+    assert kills.words(2 * board.STEPS, True) == ["after the last step", "while writing"]

@@ -15,7 +15,8 @@ from adalora.errors import AdaLoraError, AdapterFileError, ConfigError, Injectio
 from adalora.methods import build_method
 from adalora.reading import read_adapter
 from adalora.recipe import Recipe, load_recipe
-from adalora.train import RunResult, _prepare, run
+from adalora.result import RunResult
+from adalora.train import _prepare, run
 from folders import rows, save_bert, write
 from tiny import TOKENS, bert, gpt2, peft_warnings
 

@@ -27,7 +27,7 @@ from transformers import (
 import adalora
 from adalora.config import AdaLoraConfig
 from adalora.injection import named_adapters
-from adalora.integrations.transformers import with_task_head
+from adalora.integrations.models import with_task_head
 from adalora.methods import build_method
 from adalora.presets import PAPER
 from adalora.recipe import Recipe, load_recipe, recipe_names

@@ -15,11 +15,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from adalora import records
+from adalora.claiming import locked
 from adalora.errors import AdaLoraError, ConfigError
 from adalora.integrations.best import BestWithinBudget
 from adalora.recipe import load_recipe
-from adalora.train import RunResult, run
+from adalora.records import RunRecorder
+from adalora.result import RunResult
+from adalora.train import run
 from folders import rows, save_bert, write
 
 LORA = "method={name: lora, r: 2, exclude_modules: [pooler.dense]}"
@@ -61,14 +63,14 @@ def train(
 
 def at_step(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """`act` when `step` is over and logged."""
-    original = records.RunRecorder.on_step_begin
+    original = RunRecorder.on_step_begin
 
     def on_step_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(self, args, state, control, **kwargs)
         if state.global_step == step:
             act()
 
-    monkeypatch.setattr(records.RunRecorder, "on_step_begin", on_step_begin)
+    monkeypatch.setattr(RunRecorder, "on_step_begin", on_step_begin)
 
 
 class Killed(BaseException):
@@ -396,9 +398,9 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     child = os.fork()
     if child == 0:  # pragma: no cover
-        with records.locked(tmp_path):
+        with locked(tmp_path):
             os._exit(0)
     os.waitpid(child, 0)
-    with records.locked(tmp_path):
+    with locked(tmp_path):
         pass
     shutil.rmtree(tmp_path / "checkpoints")

@@ -15,11 +15,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import adalora
+from adalora import yamlfiles
+from adalora.claiming import claimed, locked
 from adalora.commands.runs import read_trained
 from adalora.errors import AdapterFileError, ConfigError
 from adalora.files import write_files
 from adalora.recipe import load_recipe
-from adalora.records import claimed, locked
 from adalora.study.design import load_study
 from tiny import adapted, pair
 
@@ -76,8 +77,8 @@ def test_yaml_makes_no_objects(tmp_path: Path) -> None:
                 load(str(file))
     assert not (tmp_path / "made").exists()
     unsafe = [(file, name) for file, name, _ in calls() if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load")]
-    assert unsafe == [("recipe.py", "yaml.load")]  # with a SafeLoader
-    assert issubclass(adalora.recipe._Loader, yaml.SafeLoader)
+    assert unsafe == [("yamlfiles.py", "yaml.load")]  # with a SafeLoader
+    assert issubclass(yamlfiles._Loader, yaml.SafeLoader)
 
 
 def test_an_adapter_of_pickles_is_not_read(tmp_path: Path) -> None:

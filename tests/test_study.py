@@ -12,7 +12,6 @@ import yaml
 from safetensors.torch import save_file
 
 from adalora.errors import AdaLoraError, AdapterFileError, ConfigError
-from adalora.recipe import load_yaml
 from adalora.study.choice import choose, extension
 from adalora.study.design import Study, load_study, study_names
 from adalora.study.grid import Cell, Grid, Run, check_arms, digest_of
@@ -24,6 +23,7 @@ from adalora.study.statistics import smallest_sufficient
 from adalora.study.summary import summarize
 from adalora.study.tables import table
 from adalora.train import check
+from adalora.yamlfiles import load_yaml
 
 UNIT = 1000  # sum of (in + out) of the made-up model
 GRID = [1e-3, 3e-3, 1e-2]

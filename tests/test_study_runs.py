@@ -19,7 +19,7 @@ from rich.console import Console
 
 from adalora import cli
 from adalora.errors import ConfigError
-from adalora.recipe import load_recipe, load_yaml
+from adalora.recipe import load_recipe
 from adalora.study import runner
 from adalora.study.design import load_study
 from adalora.study.grid import Grid
@@ -28,6 +28,7 @@ from adalora.study.outcome import finished_record
 from adalora.study.results import RESULTS, read_results
 from adalora.study.runner import Runner, environment
 from adalora.train import run
+from adalora.yamlfiles import load_yaml
 from folders import rows, save_bert, write
 
 MODULES = {"exclude_modules": ["pooler.dense"]}

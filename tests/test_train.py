@@ -20,12 +20,17 @@ from transformers import AutoConfig, Trainer
 
 import adalora
 from adalora import AdaLoraConfig
+from adalora.claiming import claimed
 from adalora.errors import AdaLoraError, AdapterFileError, ConfigError, TrainingError
 from adalora.injection import named_adapters
 from adalora.integrations.stopping import StopGracefully
 from adalora.recipe import load_recipe
-from adalora.records import ProgressLine, claimed
-from adalora.train import RunResult, no_checkpoint, reload_tolerance, run
+from adalora.records import RunRecorder
+from adalora.reloading import reload_tolerance
+from adalora.result import RunResult
+from adalora.resuming import no_checkpoint
+from adalora.screen import ProgressLine
+from adalora.train import run
 from folders import save_world, world_settings
 
 LORA = "method={name: lora, r: 2, exclude_modules: [pooler.dense]}"
@@ -218,17 +223,15 @@ def test_a_time_limit_ends_the_run_with_its_budget_met(
 def test_a_signal_ends_the_run_with_everything_saved(
     number: signal.Signals, reason: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adalora import records
-
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    original = records.ProgressLine.on_step_end
+    original = ProgressLine.on_step_end
 
     def interrupt(self: object, args: object, state: object, control: object, **kwargs: object) -> None:
         original(self, args, state, control, **kwargs)  # type: ignore[arg-type]
         if state.global_step == 11:  # type: ignore[attr-defined]
             signal.raise_signal(number)
 
-    monkeypatch.setattr(records.ProgressLine, "on_step_end", interrupt)
+    monkeypatch.setattr(ProgressLine, "on_step_end", interrupt)
     result = train(world, tmp_path / "cut")
     assert result.steps == 11 and result.stopped == reason
     stored = load_file(result.folder / "adapter" / "adapter_model.safetensors")
@@ -403,15 +406,13 @@ def test_checkpoints_on_the_way_hold_adapter_and_head_only(world: Path, tmp_path
 
 
 def test_a_full_disk_is_one_error_with_the_remedy(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adalora import records
+    original = RunRecorder.on_train_begin
 
-    original = records.RunRecorder.on_train_begin
-
-    def onto_a_full_device(self: records.RunRecorder, *args: object, **kwargs: object) -> None:
+    def onto_a_full_device(self: RunRecorder, *args: object, **kwargs: object) -> None:
         original(self, *args, **kwargs)
         (self.folder / "metrics.jsonl").symlink_to("/dev/full")
 
-    monkeypatch.setattr(records.RunRecorder, "on_train_begin", onto_a_full_device)
+    monkeypatch.setattr(RunRecorder, "on_train_begin", onto_a_full_device)
     with pytest.raises(AdaLoraError, match=r"No space left on device.*Free space there"):
         train(world, tmp_path / "full")
     assert not (tmp_path / "full" / "adapter").exists()

@@ -24,7 +24,8 @@ import adalora
 from adalora.averages import SENSITIVITY, UNCERTAINTY
 from adalora.errors import AdaLoraWarning, AdapterFileError, ConfigError, TrainingError
 from adalora.injection import named_adapters, training_progress
-from adalora.integrations.transformers import AdaLoraCallback, task_head
+from adalora.integrations.models import task_head
+from adalora.integrations.transformers import AdaLoraCallback
 from adalora.targets import saved_modules
 
 CONFIG = adalora.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=8, tinit=4, tfinal=10, deltaT=3)

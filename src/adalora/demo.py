@@ -16,11 +16,13 @@ from rich.table import Table
 
 from .errors import ConfigError
 from .recipe import load_recipe
+from .result import RunResult
+from .screen import quiet
 from .summary import print_heatmap
 from .tasks.baselines import BaselineResult, bag_of_words, linear_probe
 from .tasks.docstrings import load, write_jsonl
 from .tasks.encoder import packaged_encoder
-from .train import RunResult, check, quiet, run
+from .train import check, run
 
 SENTENCES = (
     "Number of jobs to run in parallel.",

@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .claiming import BEGUN, CHECKPOINTS, FAILED, METRICS, RANKS, RESULT, locked
 from .errors import ConfigError
 from .files import write_files
 from .integrations.checkpoints import checkpoints, flaw
 from .jsonfiles import believed, read_object, read_records
 from .recipe import Recipe, load_recipe
-from .records import BEGUN, CHECKPOINTS, FAILED, METRICS, RANKS, RESULT, locked
 from .resolve import DECAY
 
 _FREE = {"max_minutes"}  # keys of a recipe that may differ in a resumed run
@@ -68,6 +68,17 @@ def last_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
         shutil.rmtree(path)
     say("there is no complete checkpoint: the run starts again at its first step")
     return None
+
+
+def no_checkpoint(out: Path, say: Callable[[str], None]) -> None:
+    """For a method whose checkpoints do not hold all that it needs to go on: they are removed."""
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # there is none before the first one was written
+    say("this method cannot go on from a checkpoint: the run starts again at its first step")
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The optimizer step after which a checkpoint was written; 0 for none."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
 def rewind(out: Path, step: int) -> list[tuple[int, int]]:

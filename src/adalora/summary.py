@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from .train import RunResult
+from .result import RunResult
 
 
 def print_result(result: RunResult, console: Console) -> None:

@@ -53,7 +53,7 @@ def compare(
         return
     if out is None:
         raise ConfigError(f"{sources[0]!r} is a study; say with --out which folder is its own.")
-    from ..train import quiet
+    from ..screen import quiet
 
     quiet()
     grid = study_grid(sources[0], out, data)
@@ -187,7 +187,7 @@ def _runs_of(file: Path) -> list[str] | None:
     """The `runs` that a YAML file lists; None if it is about something else. Raises ConfigError."""
     import yaml
 
-    from ..recipe import load_yaml
+    from ..yamlfiles import load_yaml
 
     try:
         value = load_yaml(file.read_text(encoding="utf-8"))

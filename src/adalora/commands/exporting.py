@@ -54,7 +54,7 @@ def export(
 ) -> None:
     """Write a trained adapter as plain LoRA, as a whole model, or as PEFT's AdaLoRA; read back and compared."""
     refuse_existing(out, "--out")
-    from ..train import quiet
+    from ..screen import quiet
     from .runs import read_trained
 
     quiet()

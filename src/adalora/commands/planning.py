@@ -53,7 +53,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Tell parameters, file size, memory, time and schedule of a run before it; no weights are loaded."""
-    from ..train import quiet
+    from ..screen import quiet
 
     quiet()
     require_no_blanks([source, *context.args], target_r)
@@ -70,8 +70,8 @@ def plan(
 def plan_facts(recipe: Recipe, labels: int, steps: int | None, measure: bool) -> dict[str, Any]:
     """All numbers of a plan, JSON-able. Raises AdaLoraError for a recipe that cannot run."""
     from ..injection import adapter_config
+    from ..integrations.models import is_adapted
     from ..integrations.starting import describe_start
-    from ..integrations.transformers import is_adapted
     from ..methods import build_method
     from ..resolve import resolve_model
     from .skeleton import build, count_load, machine_flops, measure_step

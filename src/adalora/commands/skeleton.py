@@ -175,7 +175,7 @@ def machine_flops() -> float:
 def measure_step(path: str, recipe: Recipe, method: Method, labels: int, size: int) -> float:
     """Seconds of one optimizer step on random weights: forward, backward, AdamW, and AdaLoRA's own work."""
     from ..allocator import RankAllocator
-    from ..integrations.transformers import is_adapted
+    from ..integrations.models import is_adapted
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = method.prepare(build(path, recipe, labels, device)).to(device).train()

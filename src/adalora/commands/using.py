@@ -37,7 +37,7 @@ def evaluate(
     """Score a trained adapter on its test set (validation where there is none), or on another file."""
     if data is not None and split is not None:
         raise ConfigError("--data names a file and --split a part of the recipe's own data; give one of them.")
-    from ..train import quiet
+    from ..screen import quiet
     from .runs import read_trained
 
     quiet()
@@ -70,7 +70,7 @@ def predict(
         )
     if out is not None:
         refuse_existing(out, "--out")
-    from ..train import quiet
+    from ..screen import quiet
     from .rows import batches
     from .runs import read_trained
 
@@ -140,7 +140,7 @@ def _scores(trained: Trained, recipe: Recipe, split: str | None) -> tuple[dict[s
 
     from ..resolve import resolve_training, training_arguments
     from ..tasks.base import build_task
-    from ..train import build_trainer
+    from ..trainer import build_trainer
 
     task = build_task(trained.path, recipe)
     if trained.labels and list(task.labels) != list(trained.labels):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
-from .transformers import CHECKPOINT_PREFIX
+from .saving import CHECKPOINT_PREFIX
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:

@@ -13,7 +13,9 @@ from ..checkpoint import load_adapter, save_adapter
 from ..config import AdaLoraConfig
 from ..grouping import factors
 from ..injection import adapter_parameters, inject
-from ..integrations.transformers import AdaLoraCallback, save_adapter_only, with_task_head
+from ..integrations.models import with_task_head
+from ..integrations.saving import save_adapter_only
+from ..integrations.transformers import AdaLoraCallback
 from ..report import rank_report
 from .base import ParameterCount
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import AdaLoraConfig
 from ..errors import ConfigError, InjectionError
-from ..integrations.transformers import with_task_head
+from ..integrations.models import with_task_head
 from ..recipe import did_you_mean
 from ..targets import matches
 

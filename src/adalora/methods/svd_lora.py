@@ -14,7 +14,7 @@ from ..config import AdaLoraConfig
 from ..errors import ConfigError
 from ..grouping import factors
 from ..injection import adapter_parameters, install, named_adapters
-from ..integrations.transformers import save_adapter_only
+from ..integrations.saving import save_adapter_only
 from .base import ParameterCount
 from .lora import chosen
 from .options import CHOICE, check_counts, check_lora, check_parameters, check_penalty, resolved

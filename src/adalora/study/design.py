@@ -13,8 +13,9 @@ from pydantic import Field, ValidationError
 
 from ..errors import ConfigError
 from ..files import is_file
-from ..recipe import did_you_mean, load_yaml
+from ..recipe import did_you_mean
 from ..sections import Section
+from ..yamlfiles import load_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # names become parts of folder names
 _EXAMPLES = {"tasks": "{trec: {recipe: trec}}", "arms": "{lora: {method: {name: lora, r: $r}, learning_rates: [1e-3]}}"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from ..claiming import RANKS, RESULT
 from ..jsonfiles import believed, read_object
-from ..records import RANKS, RESULT
 from .grid import Run
 from .results import Record
 

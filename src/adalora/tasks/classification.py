@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ..errors import DataError
-from ..integrations.transformers import task_head
+from ..integrations.models import task_head
 from ..recipe import Recipe
 from ..sections import ClassificationData
 from .data import describe_rows, load_splits, require_texts

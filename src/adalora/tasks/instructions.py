@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 from ..errors import ConfigError, DataError
 from ..recipe import Recipe
@@ -20,12 +19,10 @@ from .causal import Collator, final_answer, require_isolation, row_losses
 from .chat import IGNORED, ChatFormat, blocks, packed
 from .data import describe_rows, load_splits
 from .pretrained import load_model, load_tokenizer, require_known_tokens
+from .writing import Writer
 
-GENERATED_AT_ONCE = 16  # prompts
 PROBED = 4  # rows
 SHOWN = 60  # characters on either side of the first boundary between prompt and answer
-
-_NO_LIMIT = 10**9
 
 
 @dataclass
@@ -61,6 +58,11 @@ class InstructionsTask:
         return Collator(int(self.processor.pad_token_id))
 
     @property
+    def writer(self) -> Writer:
+        """Writes at most data.max_new_tokens."""
+        return Writer(self.format, self.data.max_new_tokens, self.name)
+
+    @property
     def trainer_options(self) -> Mapping[str, Any]:
         """Losses are kept by row: the logits of a split would not fit into memory."""
         return {"compute_metrics": self.compute_metrics, "preprocess_logits_for_metrics": row_losses}
@@ -87,7 +89,7 @@ class InstructionsTask:
                 "are of another model."
             )
         for split, questions in self.asked.items():
-            self._require_room(model, [prompt for prompt, _ in questions], f"data.{split}")
+            self.writer.require_room(model, [prompt for prompt, _ in questions], f"data.{split}")
         if self.data.packing:
             require_isolation(model, self.name)
         return model
@@ -103,7 +105,7 @@ class InstructionsTask:
         scores = self.compute_metrics(trainer.predict(self.splits[split], metric_key_prefix=split))
         if self.data.evaluate_generation:
             prompts, references = zip(*self.asked[split], strict=True)
-            answers = self._generate(trainer.model, prompts, f"data.{split}")
+            answers = self.writer.write(trainer.model, prompts, f"data.{split}")
             pattern = self.data.answer_pattern
             # A reference always has a final answer, so that None is never right.
             pairs = zip(answers, references, strict=True)
@@ -121,52 +123,10 @@ class InstructionsTask:
     def predict(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """`text` that the model writes and, with data.answer_pattern, the final `answer` in it or None."""
         prompts = [self.format.prompt(row, f"row {index}") for index, row in enumerate(rows)]
-        texts = self._generate(model, prompts, "the input")
+        texts = self.writer.write(model, prompts, "the input")
         if self.data.answer_pattern is None:
             return [{"text": text} for text in texts]
         return [{"text": text, "answer": final_answer(text, self.data.answer_pattern)} for text in texts]
-
-    def _generate(self, model: Any, prompts: Sequence[str], where: str) -> list[str]:
-        """What the model writes behind each prompt, always taking the likeliest token."""
-        self._require_room(model, prompts, where)
-        ids = [self.format.tokens(prompt) for prompt in prompts]
-        options = GenerationConfig(
-            max_new_tokens=self.data.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=self.format.stop_ids(),
-            pad_token_id=self.processor.pad_token_id,
-        )
-        texts = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
-        training, device = model.training, next(model.parameters()).device
-        model.eval()
-        for start in range(0, len(order), GENERATED_AT_ONCE):
-            chosen = order[start : start + GENERATED_AT_ONCE]
-            # At the left: what is written goes on from the last token.
-            batch = self.processor.pad(
-                {"input_ids": [ids[i] for i in chosen]}, padding_side="left", return_tensors="pt"
-            )
-            with torch.no_grad():
-                written = model.generate(**batch.to(device), generation_config=options)[
-                    :, batch["input_ids"].shape[1] :
-                ]
-            for i, text in zip(chosen, self.processor.batch_decode(written, skip_special_tokens=True), strict=True):
-                texts[i] = text.strip()
-        model.train(training)
-        return texts
-
-    def _require_room(self, model: Any, prompts: Sequence[str], where: str) -> None:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
-        for index, prompt in enumerate(prompts):
-            length = len(self.format.tokens(prompt))
-            if length + self.data.max_new_tokens > limit:
-                raise DataError(
-                    f"{where}, row {index}: a prompt of {length} tokens and data.max_new_tokens="
-                    f"{self.data.max_new_tokens} are more than the {limit} that {self.name!r} takes. Lower "
-                    "data.max_new_tokens, or remove this row."
-                )
 
 
 def build_task(path: str, recipe: Recipe) -> InstructionsTask:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
-from ..integrations.transformers import task_head
+from ..integrations.models import task_head
 from ..recipe import Recipe, did_you_mean
 from ..targets import matches
 from .foreign import one_line, silenced

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from ..errors import ConfigError
-from ..integrations.transformers import task_head
+from ..integrations.models import task_head
 from ..recipe import Recipe, did_you_mean
 from ..targets import matches
 from .foreign import one_line

@@ -77,7 +77,7 @@ class TokensTask:
 
     @property
     def questions(self) -> Mapping[str, Sized]:
-        """The rows that the windows were cut from, by the name that train.py asks for."""
+        """The rows that the windows were cut from, by the name that result.py asks for."""
         return self.tags
 
     def describe(self) -> str:
