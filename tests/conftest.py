@@ -1,7 +1,15 @@
-"""What every test shares: one thread, one seed."""
+"""What every test shares: one thread, one seed, and imports that no garbage collection looks through."""
+
+import gc
 
 import pytest
 import torch
+
+
+def pytest_collection_finish() -> None:
+    """A Trainer collects garbage several times, and would look through all that every test file imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

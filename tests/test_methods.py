@@ -1,6 +1,5 @@
 """Every method through the one training path: what trains, what is counted, what is stored and read back."""
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,6 @@ def train(world: Path, out: Path, method: str, *more: str, resume: bool = False)
 @pytest.fixture(scope="session")
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
     torch.set_num_threads(1)
-    gc.freeze()  # a Trainer collects the garbage of everything imported so far, which takes a second each time
     folder = tmp_path_factory.mktemp("runs")
     # Saving ends with the check that the folder, loaded into a fresh base, gives equal outputs.
     return {name: train(world, folder / name, method) for name, method in METHODS.items()}

@@ -6,8 +6,10 @@ two differ; the numbers of examples are those of the data sets on the hub.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -183,21 +185,24 @@ def test_squad_and_summaries_have_their_lengths(task: str) -> None:
         assert recipe.training["weight_decay"] == 0.0
 
 
+@cache
+def built(auto: Any, config: Any) -> Any:
+    with torch.device("meta"):
+        return auto.from_config(config())
+
+
 def deberta() -> nn.Module:
     """microsoft/deberta-v3-base by its published configuration, without memory."""
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(deberta_base())
+    return copy.deepcopy(built(AutoModelForSequenceClassification, deberta_base))
 
 
 def deberta_for_answers() -> nn.Module:
-    with torch.device("meta"):
-        return AutoModelForQuestionAnswering.from_config(deberta().config)
+    return copy.deepcopy(built(AutoModelForQuestionAnswering, deberta_base))
 
 
 def bart() -> nn.Module:
     """facebook/bart-large; the defaults of BartConfig are its configuration."""
-    with torch.device("meta"):
-        return AutoModelForSeq2SeqLM.from_config(BartConfig())
+    return copy.deepcopy(built(AutoModelForSeq2SeqLM, BartConfig))
 
 
 BUDGETS = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,18 +25,12 @@ from adalora.errors import AdaLoraWarning, AdapterFileError, ConfigError, Traini
 from adalora.injection import named_adapters, training_progress
 from adalora.integrations.transformers import AdaLoraCallback, task_head
 from adalora.targets import saved_modules
+from tiny import labelled_rows as rows
+from tiny import trainer_arguments
 
 CONFIG = adalora.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=8, tinit=4, tfinal=10, deltaT=3)
 STEPS = 30
 TARGET = 2 * 13  # target_r times the linear layers that are not the task head
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imports_are_no_garbage() -> Iterator[None]:
-    """Each train() collects garbage first, and would look through all that was imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def bert(dropout: float = 0.1, seed: int = 0, **choices: Any) -> Any:
@@ -59,28 +52,9 @@ def bert(dropout: float = 0.1, seed: int = 0, **choices: Any) -> Any:
     return transformers.BertForSequenceClassification(config)
 
 
-def rows(count: int = 64, length: int = 8) -> list[dict[str, Any]]:
-    """Texts whose label is told by how often a token occurs."""
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(1, 40, (count, length), generator=generator)
-    return [{"input_ids": row.tolist(), "labels": int((row < 14).sum()) % 3} for row in ids]
-
-
 def arguments(folder: Path, **choices: Any) -> dict[str, Any]:
-    """What every trainer's own class of arguments takes."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "logging_steps": 10,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 5,
-    } | choices
+    given = {"max_steps": STEPS, "per_device_train_batch_size": 8, "logging_steps": 10}
+    return trainer_arguments(folder, **given | choices)
 
 
 def trainer(
