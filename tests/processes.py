@@ -471,4 +471,6 @@ def all_checks(rank: int, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    import accelerate  # noqa: F401  # once, too
+
     sys.exit(forked(partial(all_checks, names=sys.argv[2:]), Path(sys.argv[1]), WORLD))

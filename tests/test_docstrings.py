@@ -15,7 +15,6 @@ from adalora.tasks import docstrings, encoder
 from adalora.tasks.baselines import bag_of_words, embed, linear_probe
 from adalora.tasks.docstrings import CAPS, LABELS, DocstringData, Example, type_label
 
-
 harvested = pytest.mark.slow  # parsing every source of three packages takes seconds
 
 

@@ -18,6 +18,9 @@ from adalora.train import RunResult, _prepare, run
 from folders import rows, save_bert, write
 from tiny import TOKENS, bert, gpt2, peft_warnings
 
+# The fixture `finished` draws a run of each method.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 STEPS = 12
 # The small BERT of `folders`: 2 layers of width 32, 64 inside; q, k, v, o, up, down, and a head for 2 classes.
 COSTS = {
