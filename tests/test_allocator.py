@@ -822,8 +822,14 @@ MAKERS = {
 STOPS = (0, 2, 5, 6, 17, 29, 30, 31, 39)  # in every phase, after, before and between allocations
 
 
-@pytest.mark.parametrize("importance", METRICS)
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(
+    "name,importance",
+    [  # in the fast part each optimizer and each metric once
+        pytest.param(name, metric, marks=() if i == j else pytest.mark.slow)
+        for i, name in enumerate(MAKERS)
+        for j, metric in enumerate(METRICS)
+    ],
+)
 def test_resume_is_bit_exact_in_the_middle_of_every_phase(name: str, importance: str) -> None:
     """Peers E1 and E2: adapter and optimizer state are all there is. Attached before or after the state is loaded, so
     that each optimizer and each metric meets both."""

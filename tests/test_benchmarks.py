@@ -246,6 +246,7 @@ def test_allocator_settings_are_recorded() -> None:
     assert "HOME" not in found
 
 
+@pytest.mark.slow
 def test_help_does_not_import_torch_and_the_record_is_json() -> None:
     assert start.help_imports_torch() is False
     assert 0 < start.import_seconds("import adalora") < 10

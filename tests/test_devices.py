@@ -58,8 +58,9 @@ def test_the_fakes_do_mind_devices() -> None:
 @pytest.mark.parametrize(
     "importance,form",
     [
-        ("sensitivity*uncertainty", "norm"),
-        *((name, "squared") for name in ("sensitivity*uncertainty", "magnitude", "fisher")),
+        ("sensitivity*uncertainty", "squared"),
+        pytest.param("sensitivity*uncertainty", "norm", marks=pytest.mark.slow),
+        *(pytest.param(name, "squared", marks=pytest.mark.slow) for name in ("magnitude", "fisher")),
     ],
 )
 def test_a_run_mixes_no_devices(importance: Importance, form: Any) -> None:

@@ -218,6 +218,7 @@ def test_weight_decay_is_for_the_head_and_the_base_and_not_for_what_a_method_add
             assert rates[id(parameter)] == (usual if decay or id(parameter) not in added else 0.0), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prune-lora", "squeeze-lora", "peft-adalora"])
 def test_a_size_in_parameters_is_nearly_met_by_what_shrinks_and_never_exceeded(
     name: str, world: Path, tmp_path: Path
