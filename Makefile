@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Two processes; the tests of one file stay together and share what they set up.
-TWO    := -n 2 --dist loadfile
+# Two processes; the tests of one file stay together and share what they set up. tests/conftest.py orders the files.
+TWO    := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check bench docs clean
 demo: $(VENV)/.installed
@@ -13,8 +13,10 @@ test: check
 	$(BIN)/python -m pytest $(TWO) -m "slow and not gpu and not hub"
 
 check: $(VENV)/.installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/python -m pytest $(TWO) -m "not slow and not gpu and not hub"
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@# The types on the core that a process of tests leaves free; either's failure is the target's.
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest $(TWO) -m "not slow and not gpu and not hub"; tests=$$?; \
+	wait $$types && exit $$tests
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks

@@ -1,18 +1,21 @@
-"""Four gloo processes that train one small model in every parallel way; `python processes.py FOLDER`.
+"""Processes forked from one interpreter, so that torch is imported once: for a test file's own `worker`, and here
 
-They are forked from one interpreter, so that torch is imported once. Runs on two processes happen twice, on 0 and 1
-and on 2 and 3, at the same time. What each process saw stands in FOLDER/<name>.<rank>.json.
+four that train one small model in every parallel way; `python processes.py FOLDER`. Runs on two processes happen twice,
+on 0 and 1 and on 2 and 3, at the same time. What each process saw stands in FOLDER/<name>.<rank>.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -420,38 +423,54 @@ def said(action: Callable[[], Any]) -> str:
 # --- Starting them ------------------------------------------------------------------------------------------
 
 
-def process(rank: int, folder: Path, names: list[str]) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
-    pair = rank // 2
-    two = DeviceMesh.from_group(pairs[pair], "cpu")
-    here = Here(rank, folder, pairs[pair], rank % 2, DeviceMesh("cpu", list(range(WORLD))), two)
-    for name in names:
-        begun = perf_counter()
-        found = CHECKS[name](here)
-        print(name, f"{perf_counter() - begun:.1f} s", file=sys.stderr)
-        (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
-    distributed.destroy_process_group()
+def run_script(script: str, folder: Path) -> None:
+    """`script`, a file whose last lines call `forked`, in an interpreter of its own; raises what it printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def main(folder: Path, names: list[str]) -> int:
+def forked(worker: Callable[[int, Path], None], folder: Path, count: int) -> int:
+    """`worker(rank, folder)` in `count` processes of one gloo group; returns the highest exit code."""
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777"}
     import torch._dynamo  # noqa: F401  # what DDP imports when it is first used, once instead of in each process
 
+    gc.freeze()  # what was imported is no garbage of any process
     context = multiprocessing.get_context("fork")
-    started = [context.Process(target=process, args=(rank, folder, names or list(CHECKS))) for rank in range(WORLD)]
+    started = [context.Process(target=_process, args=(worker, rank, folder, count)) for rank in range(count)]
     for one in started:
         one.start()
     while any(one.is_alive() for one in started):
-        sleep(0.1)
+        sleep(0.02)
         if any(one.exitcode for one in started):  # the others would wait for it
             for one in started:
                 one.kill()
     return max(abs(one.exitcode or 0) for one in started)
 
 
+def _process(worker: Callable[[int, Path], None], rank: int, folder: Path, count: int) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+    worker(rank, folder)
+    distributed.destroy_process_group()
+
+
+def all_checks(rank: int, folder: Path, names: list[str]) -> None:
+    pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+    pair = rank // 2
+    two = DeviceMesh.from_group(pairs[pair], "cpu")
+    here = Here(rank, folder, pairs[pair], rank % 2, DeviceMesh("cpu", list(range(WORLD))), two)
+    for name in names or CHECKS:
+        begun = perf_counter()
+        found = CHECKS[name](here)
+        print(name, f"{perf_counter() - begun:.1f} s", file=sys.stderr)
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    import accelerate  # noqa: F401  # once, too
+
+    sys.exit(forked(partial(all_checks, names=sys.argv[2:]), Path(sys.argv[1]), WORLD))

@@ -246,6 +246,7 @@ def test_allocator_settings_are_recorded() -> None:
     assert "HOME" not in found
 
 
+@pytest.mark.slow
 def test_help_does_not_import_torch_and_the_record_is_json() -> None:
     assert start.help_imports_torch() is False
     assert 0 < start.import_seconds("import adalora") < 10
@@ -256,6 +257,7 @@ def test_help_does_not_import_torch_and_the_record_is_json() -> None:
     assert json.loads(json.dumps(records.environment())) == records.environment()
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_study_follow_from_its_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "results.md"
     shutil.copyfile(study.DOCUMENT, copy)
@@ -264,6 +266,7 @@ def test_the_tables_of_a_study_follow_from_its_results_alone(tmp_path: Path, mon
     assert copy.read_text() == (records.RESULTS.parent.parent / "docs" / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_short_soak_is_on_budget_with_masks_as_stored() -> None:
     record = soak.soak(60, looks_wanted=3)
     assert record["allocations"] >= 58

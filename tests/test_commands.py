@@ -310,7 +310,13 @@ def test_bounds_of_the_final_size_are_met_by_filling_cheap_or_dear_matrices() ->
     assert sizes.unit == 7 + 70
 
 
-@pytest.mark.parametrize("importance", ["sensitivity*uncertainty", "sensitivity", "fisher", "magnitude"])
+@pytest.mark.parametrize(
+    "importance",
+    [
+        "sensitivity*uncertainty",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("sensitivity", "fisher", "magnitude")),
+    ],
+)
 def test_the_planned_averages_are_those_that_the_allocator_keeps(importance: str, shell: Shell, world: Path) -> None:
     """To the byte, counted from the optimizer's state of a run in its reduction phase."""
     model = AutoModelForSequenceClassification.from_pretrained(world / "bert", num_labels=2)
@@ -347,6 +353,7 @@ def test_a_plan_of_lora_counts_its_parameters(shell: Shell, world: Path, lora: P
     assert "schedule" not in plan and "importance averages" not in plan["memory"]
 
 
+@pytest.mark.slow
 def test_a_measured_plan_says_so(shell: Shell, world: Path) -> None:
     text = shell("plan", "text-classification", *sets(world), "--measure")
     assert "measured here with random weights" in text and "at least" not in text
@@ -361,7 +368,13 @@ def test_a_plan_without_data_asks_for_steps(shell: Shell, world: Path) -> None:
     assert "1,000 steps: 100 warm-up, 500 reduction, 400 final" in shell("plan", world / "bert", "--steps", "1000")
 
 
-@pytest.mark.parametrize("task", ["classification", "token-classification", "question-answering", "causal-lm"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "classification",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("token-classification", "question-answering", "causal-lm")),
+    ],
+)
 def test_every_task_of_a_text_model_can_be_planned(task: str, shell: Shell, world: Path) -> None:
     plan = json.loads(shell("plan", world / "bert", "--task", task, "--steps", "10", "--json"))
     assert "unknown" not in plan and plan["memory"]["activations"] > 0
@@ -675,6 +688,7 @@ def test_log_to_is_report_to(shell: Shell, world: Path, monkeypatch: pytest.Monk
     assert seen[0].training["report_to"] == ["tensorboard", "mlflow"]
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_loss_scores_budget_and_ranks(shell: Shell, world: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

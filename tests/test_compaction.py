@@ -281,7 +281,7 @@ def test_a_compacted_run_is_the_masked_run_in_its_live_entries(name: str) -> Non
     model, optimizer = trained_pair(name)
     masked, masked_optimizer = twin_of(name, model, optimizer)
     compact_(adapters(model), optimizer)
-    data = batches(100, seed=2)
+    data = batches(50, seed=2)
     start = model.first.lora_E.detach().clone()
     train(model, optimizer, data)
     train(masked, masked_optimizer, data)

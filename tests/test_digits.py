@@ -6,6 +6,8 @@ import torch
 from adalora.tasks import digits
 from adalora.tasks.digits import DigitsResult
 
+pytestmark = pytest.mark.slow  # one run of some seconds, for all
+
 
 def global_state() -> tuple[list[int], int]:
     return torch.get_rng_state().tolist(), torch.get_num_threads()

@@ -16,6 +16,8 @@ from adalora.tasks.baselines import bag_of_words, embed, linear_probe
 from adalora.tasks.docstrings import CAPS, LABELS, DocstringData, Example
 from adalora.tasks.numpydoc import type_label
 
+harvested = pytest.mark.slow  # parsing every source of three packages takes seconds
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,11 +37,13 @@ def one_example(monkeypatch: pytest.MonkeyPatch) -> list[Example]:
     return examples
 
 
+@harvested
 def test_the_splits_have_the_advertised_size(data: DocstringData) -> None:
     assert 2700 <= len(data.train) <= 3300
     assert 900 <= len(data.test) <= 1100
 
 
+@harvested
 def test_every_class_is_in_both_splits_and_none_is_above_its_cap(data: DocstringData) -> None:
     assert data.labels == LABELS
     for name, examples in (("train", data.train), ("test", data.test)):
@@ -49,17 +53,20 @@ def test_every_class_is_in_both_splits_and_none_is_above_its_cap(data: Docstring
         assert min(counts.values()) >= 40
 
 
+@harvested
 def test_no_text_appears_twice(data: DocstringData) -> None:
     texts = [example.text.lower() for example in (*data.train, *data.test)]
     assert len(set(texts)) == len(texts)
 
 
+@harvested
 def test_no_source_file_is_in_both_splits(data: DocstringData) -> None:
     train, test = ({example.source for example in examples} for examples in (data.train, data.test))
     assert len(train & test) == 0
     assert {source.split("/")[0] for source in train} == {"numpy", "scipy", "sklearn"}
 
 
+@harvested
 def test_texts_are_short_and_free_of_markup(data: DocstringData) -> None:
     for example in (*data.train, *data.test):
         assert 2 <= len(example.text.split()) <= 32
@@ -128,6 +135,7 @@ def test_texts_that_disagree_on_their_type_are_left_out(tmp_path: Path, monkeypa
     ]
 
 
+@harvested
 def test_the_split_does_not_depend_on_the_order_of_the_examples(data: DocstringData) -> None:
     examples = [*data.train, *data.test]
     expected = {"train": data.train, "test": data.test}
@@ -135,6 +143,7 @@ def test_the_split_does_not_depend_on_the_order_of_the_examples(data: DocstringD
     assert docstrings.split(reversed(examples)) == expected
 
 
+@harvested
 def test_the_cache_gives_back_the_harvest(data: DocstringData, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docstrings, "harvest", lambda: pytest.fail("the cache was not used"))
     assert docstrings.load(cache) == data
@@ -175,6 +184,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, one
     assert data.train + data.test == one_example
 
 
+@harvested
 def test_a_failed_write_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: DocstringData
 ) -> None:
@@ -187,6 +197,7 @@ def test_a_failed_write_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+@harvested
 def test_the_written_files_hold_text_and_label_of_every_example(tmp_path: Path, data: DocstringData) -> None:
     paths = docstrings.write_jsonl(tmp_path / "new" / "folder", data)
     for path, examples in zip(paths, (data.train, data.test), strict=True):
@@ -253,6 +264,7 @@ def test_another_version_of_the_encoder_is_refused(monkeypatch: pytest.MonkeyPat
         encoder.packaged_encoder()
 
 
+@harvested
 def test_the_bag_of_words_learns_far_more_than_the_majority(data: DocstringData) -> None:
     result = bag_of_words(data.train[:600], data.test[:300])
     assert 0.5 < result.accuracy < 0.95
@@ -260,12 +272,14 @@ def test_the_bag_of_words_learns_far_more_than_the_majority(data: DocstringData)
     assert result.seconds > 0.0
 
 
+@harvested
 def test_the_baselines_choose_c_without_the_test_labels(data: DocstringData) -> None:
     train, test = data.train[:200], data.test[:100]
     relabelled = [Example(e.text, LABELS[i % 7], e.source) for i, e in enumerate(test)]
     assert bag_of_words(train, test).c == bag_of_words(train, relabelled).c
 
 
+@harvested
 def test_the_linear_probe_pools_over_real_tokens_only(data: DocstringData) -> None:
     folder = encoder.packaged_encoder()
     short, long = "Number of jobs.", data.train[0].text
@@ -274,6 +288,7 @@ def test_the_linear_probe_pools_over_real_tokens_only(data: DocstringData) -> No
     np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
 
 
+@harvested
 def test_the_linear_probe_learns_far_more_than_the_majority(data: DocstringData) -> None:
     result = linear_probe(encoder.packaged_encoder(), data.train[:200], data.test[:100])
     assert 0.45 < result.accuracy < 0.95

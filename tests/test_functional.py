@@ -241,6 +241,7 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does, for its own ends
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_compiles_as_one_graph(dropout: float) -> None:

@@ -1,6 +1,5 @@
 """Every method through the one training path: what trains, what is counted, what is stored and read back."""
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,9 @@ from adalora.result import RunResult
 from adalora.train import _prepare, run
 from folders import rows, save_bert, write
 from tiny import TOKENS, bert, gpt2, peft_warnings
+
+# The fixture `finished` draws a run of each method.
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 STEPS = 12
 # The small BERT of `folders`: 2 layers of width 32, 64 inside; q, k, v, o, up, down, and a head for 2 classes.
@@ -79,7 +81,6 @@ def train(world: Path, out: Path, method: str, *more: str, resume: bool = False)
 @pytest.fixture(scope="session")
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
     torch.set_num_threads(1)
-    gc.freeze()  # a Trainer collects the garbage of everything imported so far, which takes a second each time
     folder = tmp_path_factory.mktemp("runs")
     # Saving ends with the check that the folder, loaded into a fresh base, gives equal outputs.
     return {name: train(world, folder / name, method) for name, method in METHODS.items()}
@@ -218,6 +219,7 @@ def test_weight_decay_is_for_the_head_and_the_base_and_not_for_what_a_method_add
             assert rates[id(parameter)] == (usual if decay or id(parameter) not in added else 0.0), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prune-lora", "squeeze-lora", "peft-adalora"])
 def test_a_size_in_parameters_is_nearly_met_by_what_shrinks_and_never_exceeded(
     name: str, world: Path, tmp_path: Path

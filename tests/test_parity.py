@@ -156,6 +156,7 @@ def batches(vocabulary: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_bert_equals_peft_with_its_penalty_inside_the_loss() -> None:
     config = transformers.BertConfig(
         vocab_size=50,

@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,10 +26,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adalora
+import processes
 from adalora.averages import SENSITIVITY
 from adalora.errors import ConfigError
 from adalora.injection import named_adapters
 from adalora.schedule import Phase, Schedule
+from tiny import labelled_rows, trainer_arguments
 
 STEPS = 40
 SCHEDULE: dict[str, Any] = {"init_r": 6, "target_r": 3, "lora_alpha": 12, "tinit": 4, "tfinal": 8, "deltaT": 3}
@@ -196,15 +196,9 @@ def tiny_bert() -> Any:
 def hf_trainer(model: Any, folder: Path, *callbacks: Any, **choices: Any) -> Any:
     import transformers
 
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(1, 40, (32, 8), generator=generator)
-    rows = [{"input_ids": row.tolist(), "labels": int((row < 14).sum()) % 3} for row in ids]
-    settings: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
-    quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
-    args = transformers.TrainingArguments(
-        str(folder), use_cpu=True, save_strategy="no", logging_strategy="no", **settings | quiet | choices
-    )
-    return transformers.Trainer(model, args, train_dataset=rows, callbacks=list(callbacks))
+    settings: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": 4, "logging_strategy": "no"}
+    args = transformers.TrainingArguments(**trainer_arguments(folder, **settings | choices))
+    return transformers.Trainer(model, args, train_dataset=labelled_rows(32), callbacks=list(callbacks))
 
 
 def test_A1_trainer_without_manual_call_meets_the_budget(tmp_path: Path) -> None:
@@ -345,25 +339,7 @@ def test_A6_allocation_follows_the_step_and_model_equals_pattern() -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two gloo processes report, see `worker`."""
     folder = tmp_path_factory.mktemp("ddp")
-    env = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(29500 + os.getpid() % 2000),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    logs = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(logs)
+    processes.run_script(__file__, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -399,14 +375,12 @@ def test_D4_the_regularizer_does_not_grow_with_processes(two_processes: list[dic
         assert report["penalty gradient"] == pytest.approx(alone, rel=1e-6)
 
 
-def worker(folder: Path) -> None:
+def worker(rank: int, folder: Path) -> None:
     """One of two processes; writes what it saw to <rank>.json."""
     import transformers
 
     from adalora.integrations.transformers import AdaLoraCallback
 
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
     targets = ["query", "key", "value", "attention.output.dense"]
     config = adalora.AdaLoraConfig(**SCHEDULE, target_modules=targets, init_lora_weights="gradient")
     started: list[float] = []
@@ -1119,4 +1093,4 @@ def test_the_table_names_every_row_and_only_tests_that_exist() -> None:
 
 
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+    sys.exit(processes.forked(worker, Path(sys.argv[1]), 2))

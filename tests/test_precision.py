@@ -5,8 +5,6 @@ What is elsewhere: each layer in 16 bits and under autocast (test_layers, test_f
 """
 
 import contextlib
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import adalora
+import processes
 from adalora import AdaLoraConfig, RankAllocator
 from adalora.averages import SENSITIVITY, UNCERTAINTY
 from adalora.errors import InjectionError, TrainingError
@@ -207,25 +206,7 @@ def test_eight_micro_batches_are_one_batch() -> None:
 @pytest.mark.slow
 def test_two_processes_recompute_to_the_same_bits(tmp_path: Path) -> None:
     """DistributedDataParallel on gloo: no checkpoint, reentrant, not reentrant; and one process with both halves."""
-    env = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(27500 + os.getpid() % 2000),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env=env | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    logs = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(logs)
+    processes.run_script(__file__, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     alone = net()
     train(alone)
@@ -238,11 +219,8 @@ def test_two_processes_recompute_to_the_same_bits(tmp_path: Path) -> None:
     assert max(gaps) < 1e-5
 
 
-def worker(folder: Path) -> None:
+def worker(rank: int, folder: Path) -> None:
     """One of two processes: half of each batch."""
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    distributed.init_process_group("gloo")
     report = {}
     for recompute in (None, "reentrant", "not reentrant"):
         model = net(recompute)
@@ -256,7 +234,6 @@ def worker(folder: Path) -> None:
             optimizer.zero_grad()
         report[recompute or "none"] = {"masks": masks(model), "values": values(model)}
     torch.save(report, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
 
 
 # --- Compilation --------------------------------------------------------------------------------------------
@@ -390,4 +367,4 @@ def test_offloading_by_accelerate_is_refused_where_it_would_take_the_adapter_alo
 
 
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+    sys.exit(processes.forked(worker, Path(sys.argv[1]), 2))

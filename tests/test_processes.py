@@ -4,9 +4,6 @@
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +26,7 @@ Reports = dict[str, list[Any]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the four processes, which all tests of this file share, wrote what they saw."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, processes.__file__, str(folder)]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    processes.run_script(processes.__file__, folder)
     return folder
 
 

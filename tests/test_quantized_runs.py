@@ -269,6 +269,7 @@ def test_a_recipe_names_the_quantization_and_its_head_stays_as_it_is(
     assert model.classifier.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["nf4", "int8"])
 def test_a_plan_knows_the_memory_of_a_quantized_base(given: dict[str, Any], world: Path) -> None:
     from adalora.commands.planning import plan_facts

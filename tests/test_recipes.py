@@ -6,8 +6,10 @@ two differ; the numbers of examples are those of the data sets on the hub.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -183,21 +185,24 @@ def test_squad_and_summaries_have_their_lengths(task: str) -> None:
         assert recipe.training["weight_decay"] == 0.0
 
 
+@cache
+def built(auto: Any, config: Any) -> Any:
+    with torch.device("meta"):
+        return auto.from_config(config())
+
+
 def deberta() -> nn.Module:
     """microsoft/deberta-v3-base by its published configuration, without memory."""
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(deberta_base())
+    return copy.deepcopy(built(AutoModelForSequenceClassification, deberta_base))
 
 
 def deberta_for_answers() -> nn.Module:
-    with torch.device("meta"):
-        return AutoModelForQuestionAnswering.from_config(deberta().config)
+    return copy.deepcopy(built(AutoModelForQuestionAnswering, deberta_base))
 
 
 def bart() -> nn.Module:
     """facebook/bart-large; the defaults of BartConfig are its configuration."""
-    with torch.device("meta"):
-        return AutoModelForSeq2SeqLM.from_config(BartConfig())
+    return copy.deepcopy(built(AutoModelForSeq2SeqLM, BartConfig))
 
 
 BUDGETS = [
@@ -210,7 +215,13 @@ MILLIONS = {8: 1.33, 2: 0.33}
 PERCENT = {1: 0.13, 2: 0.26, 8: 1.10, 16: 2.20}
 
 
-@pytest.mark.parametrize("name,build,matrices,unit,r", BUDGETS)
+def half_slow(cells: list[Any]) -> list[Any]:
+    """Of two tasks on one model, one in the fast part."""
+    twins = ("stsb", "squad-v2", "cnn")
+    return [pytest.param(*cell, marks=pytest.mark.slow if cell[0].startswith(twins) else ()) for cell in cells]
+
+
+@pytest.mark.parametrize("name,build,matrices,unit,r", half_slow(BUDGETS))
 def test_matrices_and_parameters_are_the_papers(name: str, build: Any, matrices: int, unit: int, r: int) -> None:
     options = {key: value for key, value in load_recipe(f"paper/{name}").method.items() if key != "name"}
     model, config = build(), AdaLoraConfig.from_dict(options)
@@ -245,7 +256,7 @@ def test_what_trains_beside_the_adapter_is_the_papers_head(build: Any, head: int
     assert sum(parameter.numel() for parameter in trained if id(parameter) not in adapters) == head
 
 
-@pytest.mark.parametrize("name,build,matrices,unit,r", [b for b in BUDGETS if b[0].endswith(("r1", "r8"))])
+@pytest.mark.parametrize("name,build,matrices,unit,r", half_slow([b for b in BUDGETS if b[0].endswith(("r1", "r8"))]))
 def test_lora_adapts_the_same_matrices(name: str, build: Any, matrices: int, unit: int, r: int) -> None:
     lora = name.replace("adalora", "lora")
     if lora not in recipes():  # GLUE's smallest budget is a script's, not a table's

@@ -24,6 +24,9 @@ from adalora.result import RunResult
 from adalora.train import run
 from folders import rows, save_bert, write
 
+# The fixture `whole` draws; that the pictures of other runs can be drawn is no matter of resuming.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 LORA = "method={name: lora, r: 2, exclude_modules: [pooler.dense]}"
 # 24 steps of 3 epochs: warm-up of 2, final phase of 10; a checkpoint every 5, so within epochs of 8 steps.
 TRAINING = {

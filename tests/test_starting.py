@@ -22,6 +22,7 @@ from adalora.integrations.starting import START_STEPS, describe_start, start_fro
 from adalora.integrations.transformers import AdaLoraCallback
 from adalora.pending import pending_start
 from adalora.start import activation_start_, gradient_start_
+from tiny import labelled_rows as rows
 
 STEPS = 12
 
@@ -92,12 +93,6 @@ def test_a_scale_chosen_for_orthonormal_factors_is_the_same_for_directions_from_
 # --- In a Trainer -------------------------------------------------------------------------------------------
 
 
-def rows(count: int = 64) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(1, 40, (count, 8), generator=generator)
-    return [{"input_ids": row.tolist(), "labels": int((row < 14).sum()) % 3} for row in ids]
-
-
 class Batches(TrainerCallback):
     """Notes the first token of each row that a step saw."""
 
@@ -112,19 +107,8 @@ class Batches(TrainerCallback):
 
 def trainer(folder: Path, start: str, model: Any = None, dataset: Any = None, **choices: Any) -> Trainer:
     model = model or tiny.bert(labels=3).train()
-    given = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 5,
-    } | choices
-    arguments = TrainingArguments(**given)
+    given = {"max_steps": STEPS, "per_device_train_batch_size": 4} | choices
+    arguments = TrainingArguments(**tiny.trainer_arguments(folder, **given))
     return Trainer(model, arguments, train_dataset=dataset or rows(), callbacks=[AdaLoraCallback(config(start))])
 
 

@@ -33,6 +33,9 @@ from adalora.screen import ProgressLine
 from adalora.train import run
 from folders import save_world, world_settings
 
+# The fixture `finished` draws, and its pictures are looked at.
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 LORA = "method={name: lora, r: 2, exclude_modules: [pooler.dense]}"
 FAST = ["training.per_device_train_batch_size=8", "training.logging_steps=2", "training.save_strategy='no'"]
 

@@ -1,10 +1,11 @@
-"""Models of a few hundred parameters, and adapters in them that look as if training had ended."""
+"""Models of a few hundred parameters, adapters in them that look as if training had ended, and what a Trainer takes."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +89,27 @@ def gpt2(seed: int = 0) -> Any:
         initializer_range=0.2,
     )
     return transformers.GPT2LMHeadModel(config).eval()
+
+
+def labelled_rows(count: int = 64) -> list[dict[str, Any]]:
+    """Texts of 8 tokens whose label, one of three, is told by how often some occur."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, 40, (count, 8), generator=generator)
+    return [{"input_ids": row.tolist(), "labels": int((row < 14).sum()) % 3} for row in ids]
+
+
+def trainer_arguments(folder: Path, **choices: Any) -> dict[str, Any]:
+    """What every Trainer's own class of arguments takes: quiet, on the CPU, no checkpoints."""
+    return {
+        "output_dir": str(folder),
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 5,
+    } | choices
 
 
 def adapted(model: Any, ranks: list[int] | None = None, **choices: Any) -> Any:

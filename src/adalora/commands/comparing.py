@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .console import AsJson, print_json, print_table
+from .console import AsJson, importing, print_json, print_table
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -53,8 +53,8 @@ def compare(
         return
     if out is None:
         raise ConfigError(f"{sources[0]!r} is a study; say with --out which folder is its own.")
-    from ..screen import quiet
-
+    with importing():
+        from ..screen import quiet
     quiet()
     grid = study_grid(sources[0], out, data)
     if dry_run:

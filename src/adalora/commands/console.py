@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -45,6 +46,21 @@ class OutputConsole(Console):
         """Print no more, and go on."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around the first import of the libraries that train. What they make stays: looking through it for garbage again
+    and again takes a quarter of the start, and later a second of each training, which begins by collecting."""
+    if "transformers" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def open_console() -> Console:

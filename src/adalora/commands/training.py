@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .console import RecipeName, Settings, exit_if_stopped, open_console, output_folder
+from .console import RecipeName, Settings, exit_if_stopped, importing, open_console, output_folder
 
 TRAIN_EPILOG = (
     "Example: adalora train text-classification --set data.train=train.jsonl --set training.learning_rate=1e-3\n\n"
@@ -40,9 +40,9 @@ def train(
     loaded = load_recipe(str(file or recipe), settings, seed)
     if resume:
         out = _run_to_resume(recipe, file, out)
-    from ..summary import print_result
-    from ..train import run
-
+    with importing():
+        from ..summary import print_result
+        from ..train import run
     console = open_console()
     with output_folder(out, Path(recipe).stem) as folder:
         result = run(loaded, folder, console, resume=resume)
@@ -69,8 +69,8 @@ def demo(
         console.print(result.table())
         console.print(Text.from_ansi(result.report.heatmap(color=console.is_terminal)))
         return
-    from ..demo import run_demo
-
+    with importing():
+        from ..demo import run_demo
     for arm in run_demo(out, seed, console, settings or ()).values():
         exit_if_stopped(getattr(arm, "stopped", None))
 

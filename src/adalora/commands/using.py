@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import AdapterFileError, ConfigError, DataError
-from .console import AsJson, Model, Settings, Source, open_console, print_json, refuse_existing
+from .console import AsJson, Model, Settings, Source, importing, open_console, print_json, refuse_existing
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -37,9 +37,9 @@ def evaluate(
     """Score a trained adapter on its test set (validation where there is none), or on another file."""
     if data is not None and split is not None:
         raise ConfigError("--data names a file and --split a part of the recipe's own data; give one of them.")
-    from ..screen import quiet
-    from .runs import read_trained
-
+    with importing():
+        from ..screen import quiet
+        from .runs import read_trained
     quiet()
     trained = read_trained(folder, model, settings or ())
     recipe = trained.recipe if data is None else _with_file(trained, data)
@@ -70,10 +70,10 @@ def predict(
         )
     if out is not None:
         refuse_existing(out, "--out")
-    from ..screen import quiet
-    from .rows import batches
-    from .runs import read_trained
-
+    with importing():
+        from ..screen import quiet
+        from .rows import batches
+        from .runs import read_trained
     quiet()
     trained = read_trained(folder, model, settings or ())
     parts = batches(_rows(texts, file, trained.recipe), batch_size)
