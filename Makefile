@@ -14,9 +14,10 @@ test: check
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@# The types on the core that a process of tests leaves free; either's failure is the target's.
-	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest $(TWO) -m "not slow and not gpu and not hub"; tests=$$?; \
-	wait $$types && exit $$tests
+	@# The types beside the tests; either's failure is the target's.
+	$(BIN)/mypy & types=$$!; trap 'kill $$types 2>/dev/null' INT TERM; \
+	$(BIN)/python -m pytest $(TWO) -m "not slow and not gpu and not hub"; tests=$$?; \
+	wait $$types || { echo "mypy failed, see above" >&2; exit 1; }; exit $$tests
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks

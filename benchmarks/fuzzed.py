@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adalora
-from adalora.claiming import CHECKPOINTS
 from adalora.commands.comparing import _folders
 from adalora.commands.rows import rows_of_file
 from adalora.commands.runs import read_trained
@@ -26,6 +25,7 @@ from adalora.integrations.checkpoints import last_complete_checkpoint
 from adalora.methods import build_method
 from adalora.recipe import Recipe, load_recipe, recipe_names
 from adalora.resuming import last_checkpoint, resumed, rewind
+from adalora.runfiles import CHECKPOINTS
 from adalora.study.design import load_study, study_names
 from adalora.study.results import read_results
 from adalora.yamlfiles import load_yaml

@@ -100,9 +100,11 @@ def key_of(setting: Setting, tokens: int, stage: str, threads: int) -> str:
     return f"{setting.shape.name}/{stage}/{tokens} tokens/{threads} threads/dropout {setting.dropout:g}/{place}"
 
 
-def is_known(cell: records.Record | None, device: str, rounds: int) -> bool:
-    """Whether a stored cell answers the question: measured in this environment, with rounds enough."""
-    return cell is not None and cell["environment"] == records.environment(device) and cell["rounds"] >= rounds
+def is_known(cell: records.Record | None, stage: str, device: str, rounds: int) -> bool:
+    """Whether a stored cell answers the question: measured in this environment, every arm, with rounds enough."""
+    if cell is None or cell["arms"].keys() != STAGES[stage].keys():
+        return False
+    return bool(cell["environment"] == records.environment(device) and cell["rounds"] >= rounds)
 
 
 def usual_rounds(tokens: int) -> int:
@@ -114,7 +116,7 @@ def run(setting: Setting, tokens: int, stage: str, threads: int, rounds: int, ag
     """Measure a cell unless it is known, print it, and store it if there is a file to store it in."""
     key = key_of(setting, tokens, stage, threads)
     known = records.load(out).get(key) if out and not again else None
-    if known is not None and is_known(known, setting.device, rounds):
+    if known is not None and is_known(known, stage, setting.device, rounds):
         print(f"{key}: known, kept (--again measures it anew)", flush=True)
         return
     record = measure(setting, tokens, stage, rounds, threads)

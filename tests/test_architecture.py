@@ -33,8 +33,8 @@ CORE = (
     {"export", "whole"},
 )
 RINGS = (
-    {"sections", "yamlfiles", "claiming"},
-    {"integrations", "recipe", "drawings"},
+    {"sections", "yamlfiles", "runfiles"},
+    {"integrations", "recipe", "drawings", "claiming"},
     {"methods", "tasks"},
     {"plan", "card", "records", "resolve", "htmlreport", "screen", "trainer", "failures"},
     {"resuming", "job"},

@@ -157,9 +157,11 @@ def test_a_cell_is_kept_only_if_it_answers_the_question(tmp_path: Path, capsys: 
     cells = records.load(out)
     assert sorted(c["tokens"] for c in cells.values()) == [64, 128]
     known = next(iter(cells.values()))
-    assert step.is_known(known, "cpu", rounds=2)
-    assert not step.is_known(known, "cpu", rounds=3)
-    assert not step.is_known(known | {"environment": environment()}, "cpu", rounds=2)
+    assert step.is_known(known, "budget", "cpu", rounds=2)
+    assert not step.is_known(known, "budget", "cpu", rounds=3)
+    assert not step.is_known(known | {"environment": environment()}, "budget", "cpu", rounds=2)
+    fewer = {arm: row for arm, row in known["arms"].items() if arm != FISHER}
+    assert not step.is_known(known | {"arms": fewer}, "budget", "cpu", rounds=2)
 
 
 @pytest.mark.slow
@@ -257,7 +259,6 @@ def test_help_does_not_import_torch_and_the_record_is_json() -> None:
     assert json.loads(json.dumps(records.environment())) == records.environment()
 
 
-@pytest.mark.slow
 def test_the_tables_of_a_study_follow_from_its_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "results.md"
     shutil.copyfile(study.DOCUMENT, copy)

@@ -1,6 +1,5 @@
 """The command line as a process sees it: exit codes, one clear line for a mistake, no torch for --help."""
 
-import io
 import os
 import resource
 import signal
@@ -8,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -210,45 +210,14 @@ def test_train_ends_with_scores_heat_map_and_folder(
     assert "seed: 5" in (out / "recipe.yaml").read_text()
 
 
-def command(tmp_path: Path, *more: str) -> list[str]:
-    """The arguments of a run in `tmp_path`/out."""
+def started(tmp_path: Path, *more: str, **options: Any) -> subprocess.Popen[str]:
     save_bert(tmp_path / "bert")
     train = write(tmp_path / "train.jsonl", rows(64))
     files = [f"model.name_or_path={tmp_path / 'bert'}", f"data.train={train}", f"data.validation={train}", *more]
     settings = [item for setting in files for item in ("--set", setting)]
-    return ["train", "text-classification", *settings, "--out", str(tmp_path / "out")]
-
-
-class Forked:
-    """The command line in a process forked from this one, which has imported everything: with pipes of its own."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        (self.stdout, out), (self.stderr, errors) = os.pipe(), os.pipe()
-        self.pid = os.fork()
-        if self.pid:
-            os.close(out), os.close(errors)
-            return
-        code = 1
-        try:  # pragma: no cover
-            os.dup2(out, 1), os.dup2(errors, 2)
-            for descriptor in (self.stdout, self.stderr, out, errors):
-                os.close(descriptor)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            sys.stdout, sys.stderr = (
-                io.TextIOWrapper(os.fdopen(number, "wb"), line_buffering=True) for number in (1, 2)
-            )
-            sys.argv = ["adalora", *arguments]
-            code = cli.run_app()
-            sys.stdout.flush(), sys.stderr.flush()
-        finally:
-            os._exit(code)
-
-    def rest(self) -> tuple[int, str]:
-        """Exit code, and everything on standard error."""
-        with os.fdopen(self.stderr) as errors:
-            text = errors.read()
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), text
+    command = [sys.executable, "-m", "adalora", "train", "text-classification", *settings, "--out", "out"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=tmp_path, **(pipes | options))
 
 
 @pytest.mark.slow
@@ -256,27 +225,28 @@ class Forked:
 def test_a_signal_to_a_real_process_saves_and_exits_as_the_shell_expects(
     number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
-    process = Forked(command(tmp_path, "training.num_train_epochs=5000"))
+    process = started(tmp_path, "training.num_train_epochs=5000")
     records = tmp_path / "out" / "metrics.jsonl"
     for _ in range(1200):
         if records.exists() and records.read_text().count("\n") >= 2:
             break
         time.sleep(0.1)
-    os.kill(process.pid, number)
-    found, errors = process.rest()
-    os.close(process.stdout)
-    assert found == code, errors
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
     assert "the budget was enforced at once" in " ".join(errors.split())
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_a_reader_that_leaves_early_does_not_cost_the_adapter(tmp_path: Path) -> None:
-    process = Forked(command(tmp_path, "training.max_steps=3"))
-    with os.fdopen(process.stdout) as screen:
-        assert screen.readline()
-    code, errors = process.rest()
-    assert code == 0, errors
+    process = started(tmp_path, "training.max_steps=3")
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    with process.stderr:
+        errors = process.stderr.read()
+    assert process.wait(timeout=60) == 0, errors
     assert "Error" not in errors
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "out" / "result.json").exists()
@@ -285,9 +255,7 @@ def test_a_reader_that_leaves_early_does_not_cost_the_adapter(tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_locale_without_the_characters_of_a_label_loses_no_run(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    arguments = command(tmp_path, "training.max_steps=3")
-    done = subprocess.run(
-        [sys.executable, "-m", "adalora", *arguments], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "budget 48 ? 48" in done.stdout  # the arrow
+    process = started(tmp_path, "training.max_steps=3", env=environment)
+    screen, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "budget 48 ? 48" in screen  # the arrow

@@ -60,7 +60,11 @@ def test_the_fakes_do_mind_devices() -> None:
     [
         ("sensitivity*uncertainty", "squared"),
         pytest.param("sensitivity*uncertainty", "norm", marks=pytest.mark.slow),
-        *(pytest.param(name, "squared", marks=pytest.mark.slow) for name in ("magnitude", "fisher")),
+        ("fisher", "norm"),
+        *(
+            pytest.param(name, form, marks=pytest.mark.slow)
+            for name, form in (("fisher", "squared"), ("magnitude", "squared"), ("magnitude", "norm"))
+        ),
     ],
 )
 def test_a_run_mixes_no_devices(importance: Importance, form: Any) -> None:

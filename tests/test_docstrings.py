@@ -184,25 +184,26 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path: Path, one
     assert data.train + data.test == one_example
 
 
-@harvested
 def test_a_failed_write_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: DocstringData
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_example: list[Example]
 ) -> None:
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
+    data = docstrings.load(tmp_path / "cache")
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(AdapterFileError, match=r"No space left on device.*another folder"):
         docstrings.write_jsonl(tmp_path / "out", data)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists() and data.train + data.test == one_example
 
 
-@harvested
-def test_the_written_files_hold_text_and_label_of_every_example(tmp_path: Path, data: DocstringData) -> None:
+def test_the_written_files_hold_text_and_label_of_every_example(tmp_path: Path, one_example: list[Example]) -> None:
+    data = docstrings.load(tmp_path / "cache")
     paths = docstrings.write_jsonl(tmp_path / "new" / "folder", data)
     for path, examples in zip(paths, (data.train, data.test), strict=True):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         assert rows == [{"text": example.text, "label": example.label} for example in examples]
+    assert data.train + data.test == one_example
 
 
 def test_a_missing_package_is_named_with_the_remedy() -> None:

@@ -19,10 +19,12 @@ OUT, IN, R, S = 7, 5, 3, 1.7
 Factors = tuple[Tensor, Tensor, Tensor]
 
 
-@pytest.fixture(params=["split", "merged"])
+@pytest.fixture(params=["split", "split, narrows", "merged"])
 def graph(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Either graph, whatever the number of tokens."""
+    """Either graph, whatever the number of tokens; a layer that narrows keeps diag(E) Bᵀ for backward."""
     monkeypatch.setattr(functional, "_merging_pays", lambda tokens, weight: request.param == "merged")
+    if request.param == "split, narrows":
+        monkeypatch.setitem(globals(), "OUT", 4)
     name: str = request.param
     return name
 
@@ -142,6 +144,7 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.usefixtures("graph")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_lower_precision_stays_near_the_exact_result(dtype: torch.dtype, autocast: bool) -> None:
@@ -172,6 +175,7 @@ def test_backward_inside_autocast_is_the_backward_outside() -> None:
     assert all(torch.equal(a, b) for a, b in zip(own, wanted, strict=True))
 
 
+@pytest.mark.usefixtures("graph")
 def test_dropout_acts_on_the_increment_alone_and_has_its_own_derivative() -> None:
     x, weight, bias = inputs((50,))
     three = factors()

@@ -1,4 +1,4 @@
-"""A run's folder: the names of its files, and the claim that lets one process alone write them."""
+"""The claim that lets one process alone write a run's folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import AdapterFileError, ConfigError
-
-BEGUN, CHECKPOINTS, FAILED, RESULT = "recipe.yaml", "checkpoints", "FAILED.txt", "result.json"
-METRICS, RANKS = "metrics.jsonl", "ranks.jsonl"
+from .runfiles import BEGUN, CHECKPOINTS, FAILED
 
 
 @contextmanager

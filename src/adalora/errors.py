@@ -4,6 +4,11 @@ Each error is also the builtin that a caller would expect, and its message says 
 with which value, and what to do about it.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
 
 class AdaLoraError(Exception):
     """Base of every error that a user of this package can cause."""
@@ -31,3 +36,10 @@ class DataError(AdaLoraError, ValueError):
 
 class AdaLoraWarning(UserWarning):
     """Something that works but is probably not what was meant."""
+
+
+def did_you_mean(key: str, known: Sequence[str]) -> str:
+    """The nearest known key as a question, or the list of them."""
+    near = difflib.get_close_matches(key, known, n=1)
+    some = ", ".join(known[:24]) + (", …" if len(known) > 24 else "")
+    return f"did you mean {near[0]!r}?" if near else f"known are: {some}."

@@ -52,8 +52,8 @@ class FisherAverages:
         """v / w of every triplet, (sum of r,), in the order of the modules; 0 where no gradient came yet."""
         device, parameters = self._modules[0].lora_E.device, [module.lora_E for module in self._modules]
         squares, weight = (torch.cat([self._known(p, key).to(device) for p in parameters]) for key in _KEYS)
-        parts = torch.split(squares / weight.clamp_min(1e-30), [len(local(p)) for p in parameters])
-        return completed(parts, parameters, device)
+        scores = squares / weight.clamp_min(torch.finfo(weight.dtype).tiny)  # 0 where no gradient came yet
+        return completed(torch.split(scores, [len(local(p)) for p in parameters]), parameters, device)
 
     def drop(self) -> None:
         """Free them: a final pattern asks no more questions, and another basis has other answers."""

@@ -112,7 +112,7 @@ class _AdaptedLinear(torch.autograd.Function):
             output = F.linear(x, weight, bias)  # of x as it comes: torch's kernel, and so its bits, depend on strides
             projected = low @ (x if mask is None else x * mask).reshape(-1, x.shape[-1]).t()  # (r, T)
             output.view(-1, output.shape[-1]).addmm_(projected.t(), gated, alpha=scaling)  # (T, out)
-        # One multiplication makes diag(E) Bᵀ again: where the layer widens, keeping it is dearer than that.
+        # Where the layer widens, diag(E) Bᵀ is most of what it would keep beyond a plain LoRA: made again in backward.
         kept = None if merge or weight.shape[0] > weight.shape[1] else gated
         ctx.save_for_backward(x, mask, weight, A, E, B, kept, projected)
         ctx.scaling = scaling

@@ -6,7 +6,6 @@ method's own options and to transformers.TrainingArguments, which know their fie
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 from .files import is_file
 from .sections import DATA, METRICS, DataSection, Section
 from .yamlfiles import dump_yaml, load_yaml
@@ -113,13 +112,6 @@ def _names_in(folder: Traversable, front: str) -> Iterator[str]:
             yield from _names_in(file, f"{front}{file.name}/")
         elif file.name.endswith(".yaml"):
             yield front + file.name.removesuffix(".yaml")
-
-
-def did_you_mean(key: str, known: Sequence[str]) -> str:
-    """The nearest known key as a question, or the list of them."""
-    near = difflib.get_close_matches(key, known, n=1)
-    some = ", ".join(known[:24]) + (", …" if len(known) > 24 else "")
-    return f"did you mean {near[0]!r}?" if near else f"known are: {some}."
 
 
 def _read(source: str) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .claiming import BEGUN, METRICS, RANKS
 from .files import write_files
 from .integrations.transformers import AdaLoraCallback
 from .recipe import Recipe
+from .runfiles import BEGUN, METRICS_FILE, RANKS_FILE
 
 
 class RunRecorder(TrainerCallback):
@@ -67,7 +67,7 @@ class RunRecorder(TrainerCallback):
         """One line for each log. Loggers behind also get the ranks, which ranks.jsonl has."""
         if self._over:
             return
-        self._append(METRICS, {"step": state.global_step, **(logs or {})})
+        self._append(METRICS_FILE, {"step": state.global_step, **(logs or {})})
         if logs and "loss" in logs:
             logs.update({f"adalora/rank/{name}": rank for name, rank in self._ranks.items()})
 
@@ -79,7 +79,7 @@ class RunRecorder(TrainerCallback):
         self.live.append((step, spent))
         # What met the budget of a run that was cut short is no part of it once it is resumed.
         forced = {} if self._within_step else {"forced": True}
-        self._append(RANKS, {"step": step, "budget": budget, "spent": spent, "ranks": ranks, **forced})
+        self._append(RANKS_FILE, {"step": step, "budget": budget, "spent": spent, "ranks": ranks, **forced})
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:

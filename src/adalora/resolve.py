@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 from .methods.base import Method
-from .recipe import Recipe, did_you_mean
+from .recipe import Recipe
 from .tasks.base import LOWER_IS_BETTER, Task, metric_without_data, task_class
 from .tasks.encoder import ENCODER_HUB_ID, packaged_encoder
 from .tasks.quantization import resolved_quantization

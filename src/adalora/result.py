@@ -14,7 +14,6 @@ import transformers
 from torch import nn
 
 from .card import CardFacts, model_card
-from .claiming import RESULT
 from .files import write_files
 from .htmlreport import write_report
 from .integrations.plots import save_budget_curve, save_heatmap
@@ -22,6 +21,7 @@ from .job import Job
 from .methods.base import ParameterCount
 from .report import RankReport
 from .resuming import step_of
+from .runfiles import RESULT
 from .tasks.base import Task
 
 

@@ -9,13 +9,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .claiming import BEGUN, CHECKPOINTS, FAILED, METRICS, RANKS, RESULT, locked
+from .claiming import locked
 from .errors import ConfigError
 from .files import write_files
 from .integrations.checkpoints import checkpoints, flaw
 from .jsonfiles import believed, read_object, read_records
 from .recipe import Recipe, load_recipe
 from .resolve import DECAY
+from .runfiles import BEGUN, CHECKPOINTS, FAILED, METRICS_FILE, RANKS_FILE, RESULT
 
 _FREE = {"max_minutes"}  # keys of a recipe that may differ in a resumed run
 
@@ -88,10 +89,10 @@ def rewind(out: Path, step: int) -> list[tuple[int, int]]:
 
 
 def _rewind(out: Path, step: int) -> list[tuple[int, int]]:
-    metrics = [r for r in read_records(out / METRICS) if r["step"] <= step and step and "train_runtime" not in r]
+    metrics = [r for r in read_records(out / METRICS_FILE) if r["step"] <= step and step and "train_runtime" not in r]
     # Allocations are numbered from 0, logs from 1.
-    ranks = [r for r in read_records(out / RANKS) if r["step"] < step and not r.get("forced")]
-    for name, records in ((METRICS, metrics), (RANKS, ranks)):
+    ranks = [r for r in read_records(out / RANKS_FILE) if r["step"] < step and not r.get("forced")]
+    for name, records in ((METRICS_FILE, metrics), (RANKS_FILE, ranks)):
         text = "".join(json.dumps(record) + "\n" for record in records)
         if (out / name).exists():
             write_files(out, {name: lambda path, text=text: path.write_text(text, encoding="utf-8")})  # type: ignore[misc]

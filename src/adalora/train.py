@@ -87,21 +87,21 @@ def _prepare(recipe: Recipe, out: Path, console: Console, resume: bool) -> Job:
     undecayed = [] if recipe.training[DECAY] or not arguments.weight_decay else method.added(model)
     trainer = build_trainer(model, arguments, task, callbacks, undecayed)
     return Job(
-        recipe,
-        out,
-        console,
-        method,
-        source,
-        task,
-        path,
-        base,
-        model,
-        recorder,
-        stop,
-        line,
-        patience,
-        checkpoint,
-        trainer,
+        recipe=recipe,
+        out=out,
+        console=console,
+        method=method,
+        source=source,
+        task=task,
+        path=path,
+        base=base,
+        model=model,
+        recorder=recorder,
+        stop=stop,
+        line=line,
+        patience=patience,
+        checkpoint=checkpoint,
+        trainer=trainer,
     )
 
 

@@ -52,7 +52,7 @@ class OutputConsole(Console):
 def importing() -> Iterator[None]:
     """Around the first import of the libraries that train. What they make stays: looking through it for garbage again
     and again takes a quarter of the start, and later a second of each training, which begins by collecting."""
-    if "transformers" in sys.modules:
+    if "transformers" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()

@@ -32,8 +32,8 @@ def copy(
     dest: Annotated[Path | None, typer.Argument(help="File or folder; NAME.yaml here if not given.")] = None,
 ) -> None:
     """Copy a built-in recipe into a file of your own."""
-    from ..errors import AdapterFileError, ConfigError
-    from ..recipe import did_you_mean, recipe_names
+    from ..errors import AdapterFileError, ConfigError, did_you_mean
+    from ..recipe import recipe_names
 
     if name not in recipe_names():
         raise ConfigError(f"there is no recipe {name!r}; " + did_you_mean(name, recipe_names()))

@@ -6,8 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import ConfigError
-from ..recipe import did_you_mean
+from ..errors import ConfigError, did_you_mean
 from .base import Method
 
 # By name, so that a run imports no other method's packages.

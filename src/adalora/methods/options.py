@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..config import AdaLoraConfig
-from ..errors import ConfigError, InjectionError
+from ..errors import ConfigError, InjectionError, did_you_mean
 from ..integrations.models import with_task_head
-from ..recipe import did_you_mean
 from ..targets import matches
 
 # Which modules, for every method that adapts matrices.

@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from ..files import is_file
-from ..recipe import did_you_mean
 from ..sections import Section
 from ..yamlfiles import load_yaml
 

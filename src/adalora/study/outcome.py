@@ -9,12 +9,12 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ..claiming import RANKS, RESULT
 from ..jsonfiles import believed, read_object
+from ..runfiles import RANKS_FILE, RESULT
 from .grid import Run
 from .results import Record
 
-_KEPT = {RESULT, RANKS, "recipe.yaml", "metrics.jsonl", "adapter"}
+_KEPT = {RESULT, RANKS_FILE, "recipe.yaml", "metrics.jsonl", "adapter"}
 _KEPT_BYTES = 4_000_000  # an adapter above that is dropped: full fine-tuning stores the whole model
 
 
@@ -71,7 +71,7 @@ def final_ranks(folder: Path) -> dict[str, int] | None:
 
     From the last allocation, from PEFT's AdaLoRA masks, or from the shapes of the stored A.
     """
-    ranks, config = folder / RANKS, folder / "adapter" / "adapter_config.json"
+    ranks, config = folder / RANKS_FILE, folder / "adapter" / "adapter_config.json"
     lines = ranks.read_text(encoding="utf-8").splitlines() if ranks.is_file() else []
     if lines:
         return {name: int(rank) for name, rank in json.loads(lines[-1])["ranks"].items()}

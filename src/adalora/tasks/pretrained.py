@@ -12,9 +12,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from ..integrations.models import task_head
-from ..recipe import Recipe, did_you_mean
+from ..recipe import Recipe
 from ..targets import matches
 from .foreign import one_line, silenced
 from .quantization import floating_modules, quantization

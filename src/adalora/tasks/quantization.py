@@ -16,9 +16,9 @@ import transformers
 from torch import nn
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from ..integrations.models import task_head
-from ..recipe import Recipe, did_you_mean
+from ..recipe import Recipe
 from ..targets import matches
 from .foreign import one_line
 
