@@ -136,8 +136,8 @@ def _rates(summary: Numbers) -> str:
             rows.append([f"{budget:g}", arm, *(_rate(cell) for cell in _cells(summary, budget, arm))])
     seeds = ", ".join(map(str, summary["rate_seeds"]))
     note = (
-        f"The rate with the best mean validation score; seeds that chose it: {seeds}. ↓ and ↑: it is the lowest or "
-        "highest that was tried, so a better one may lie beyond."
+        f"The rate with the best mean validation score of seed {seeds}. ↓ and ↑: it is the lowest or highest that was "
+        "tried, so a better one may lie beyond."
     )
     return f"## Learning rates\n\n{note}\n\n" + _grid(["rank", "arm", *summary["tasks"]], rows)
 
