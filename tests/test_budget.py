@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.tracer import tracing
 from torch import Tensor, nn
 
 import adalora
@@ -220,6 +221,27 @@ def test_a_run_by_fisher_keeps_two_numbers_a_triplet_and_frees_them(tmp_path: An
             assert own == {}
         values = torch.cat([m.lora_E for _, m in named_adapters(model)])
     assert allocator.frozen and int(values.count_nonzero()) == allocator.live
+
+
+def calls_of_an_allocating_step(matrices: int) -> int:
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(matrices)))
+    config = adalora.AdaLoraConfig(
+        target_modules=r"\d+", init_r=3, target_r=2, tinit=0, tfinal=1, deltaT=1, importance="fisher", orth_reg_weight=0
+    )
+    optimizer = torch.optim.SGD(adalora.adapter_parameters(adalora.inject(model, config)), lr=0.1, foreach=True)
+    adalora.RankAllocator(model, total_step=50).attach(optimizer)
+    for step in range(3):
+        model(torch.randn(5, 6)).square().sum().backward()
+        with tracing() as tracer:
+            tracer.enter("step" if step == 2 else None)  # earlier ones make what is kept
+            optimizer.step()
+            tracer.enter(None)
+        optimizer.zero_grad()
+    return tracer.calls["step"]
+
+
+def test_by_fisher_scores_a_step_takes_as_many_calls_for_many_matrices_as_for_two() -> None:
+    assert 20 < calls_of_an_allocating_step(2) == calls_of_an_allocating_step(9) < 100
 
 
 def test_fisher_scores_are_those_of_a_naive_loop() -> None:

@@ -123,6 +123,19 @@ def test_only_what_needs_a_gradient_gets_one(wanted: tuple[bool, ...]) -> None:
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("out,kept", [(OUT, {(R, 6)}), (4, {(R, 6), (R, 4)})], ids=["widens", "narrows"])
+def test_kept_for_backward_are_the_projections_and_in_a_layer_that_does_not_widen_the_gated_factor(
+    out: int, kept: set[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "OUT", out)
+    monkeypatch.setattr(functional, "_merging_pays", lambda tokens, weight: False)
+    (x, weight, bias), three, packed = inputs((6,)), factors(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        adapted_linear(x, weight, bias, three, S)
+    own = {t.data_ptr() for t in (x, weight, bias, *three)}
+    assert {tuple(t.shape) for t in packed if t.data_ptr() not in own} == kept
+
+
 @pytest.mark.usefixtures("graph")
 def test_nothing_that_was_saved_is_written_to() -> None:
     x, weight, bias = inputs()

@@ -8,7 +8,7 @@ s·‖G‖_F / √(out·in); the sign lets descent make λ positive, which singu
 loops call it between `inject` and the first step, which is refused without it. After "gaussian" and "orthogonal" either
 may be called, and need not be; after "lora", whose Λ is 1, neither can.
 
-G is sketched, never formed (`sketch`), in four passes over a few batches; one would do at a larger error.
+G is sketched, never formed (`sketch`), in a few passes over few batches; one would do at a larger error.
 """
 
 from __future__ import annotations
