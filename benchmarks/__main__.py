@@ -1,4 +1,4 @@
-"""`make bench`: a set of every measurement that takes about a quarter of an hour on two cores, and the tables.
+"""`make bench`: a set of every measurement that takes less than half an hour on two cores, and the tables.
 
 Larger batches, more models and other devices: `python -m benchmarks.step --help`. Their cells stay in the tables.
 """
