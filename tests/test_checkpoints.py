@@ -77,6 +77,13 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def flip_last(file: Path) -> None:
+    """A bit of the last number."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 4
+    file.write_bytes(content)
+
+
 def file_content(file: Path, entry: zipfile.ZipInfo) -> bytes:
     with zipfile.ZipFile(file) as archive:
         return archive.read(entry)
@@ -84,6 +91,9 @@ def file_content(file: Path, entry: zipfile.ZipInfo) -> bytes:
 
 TORN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "weights cut off": ("model.safetensors", halve, "incomplete"),
+    "weights with a flipped bit": ("model.safetensors", flip_last, "model.safetensors is damaged"),
+    "a list of checksums cut off": ("weights.sha256", halve, ""),
+    "checksums of files elsewhere": ("weights.sha256", lambda file: file.write_text("0  ../x"), "none of ours"),
     "no weights": ("*.safetensors", lambda file: [path.unlink() for path in file.parent.glob(file.name)], "no weights"),
     "optimizer cut off": ("optimizer.pt", halve, "zip"),
     "optimizer with a flipped bit": ("optimizer.pt", flip, "optimizer.pt is damaged"),
@@ -106,6 +116,11 @@ def test_the_last_whole_checkpoint_is_found_behind_a_torn_one(
     found = flaw(folder / "checkpoint-9")
     assert found is not None and told in found and "\n" not in found
     assert last_complete_checkpoint(folder) == folder / "checkpoint-6"
+
+
+def test_a_checkpoint_without_checksums_serves_too(folder: Path) -> None:
+    (folder / "checkpoint-9" / "weights.sha256").unlink()
+    assert last_complete_checkpoint(folder) == folder / "checkpoint-9"
 
 
 @pytest.mark.slow

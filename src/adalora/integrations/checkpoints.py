@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
+from .checksums import changed
 from .saving import CHECKPOINT_PREFIX
 
 
@@ -43,6 +44,9 @@ def flaw(checkpoint: Path) -> str | None:
         for file in weights:
             with safe_open(file, "pt"):
                 pass
+        flipped = changed(checkpoint)
+        if flipped:
+            return f"{flipped} is damaged: its checksum differs"
         # One state of the random generators for each process.
         states = sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
         for file in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *states):

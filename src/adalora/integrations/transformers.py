@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from ..config import AdaLoraConfig
 from ..errors import ConfigError, TrainingError
 from ..injection import adapter_config, inject
 from ..regularizer import orthogonality_penalty
+from .checksums import write_checksums
 from .models import is_adapted, with_task_head
-from .saving import prepare_saving
+from .saving import CHECKPOINT_PREFIX, prepare_saving
 from .starting import start_from_rows_
 
 logger = logging.getLogger("adalora")
@@ -99,6 +101,12 @@ class AdaLoraCallback(TrainerCallback):
         logs.update(own)
         if state.log_history:
             state.log_history[-1].update(own)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note what the weights of a checkpoint are, so that `last_complete_checkpoint` passes over damaged ones."""
+        checkpoint = Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
+        if args.should_save and checkpoint.is_dir():  # a search over hyperparameters has its folders elsewhere
+            write_checksums(checkpoint)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Meet the budget, whatever ended the training and whichever checkpoint was loaded last."""
