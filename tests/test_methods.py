@@ -16,6 +16,7 @@ from adalora.reading import read_adapter
 from adalora.recipe import Recipe, load_recipe
 from adalora.result import RunResult
 from adalora.train import _prepare, run
+from adalora.trainer import give_head_its_rate
 from folders import rows, save_bert, write
 from tiny import TOKENS, bert, gpt2, peft_warnings
 
@@ -217,6 +218,42 @@ def test_weight_decay_is_for_the_head_and_the_base_and_not_for_what_a_method_add
         for key, parameter in trained.items():
             usual = 0.0 if parameter.dim() < 2 else 0.1
             assert rates[id(parameter)] == (usual if decay or id(parameter) not in added else 0.0), key
+
+
+@pytest.mark.parametrize("name", [*METHODS, "adalora"])
+def test_a_head_has_the_rate_that_is_asked_for_and_nothing_else_has(name: str, world: Path, tmp_path: Path) -> None:
+    method = METHODS.get(name, f"{{name: adalora, init_r: 3, target_r: 2, {ONLY}}}")
+    more = ["training.learning_rate=0.5", "training.head_learning_rate=0.25", "training.weight_decay=0.1"]
+    with peft_warnings():
+        job = _prepare(recipe_of(world, method, *more), tmp_path / "run", Console(quiet=True), False)
+    trained = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
+    groups = {id(p): group for group in job.trainer.optimizer.param_groups for p in group["params"]}
+    assert groups.keys() == {id(p) for p in trained.values()}
+    heads = {key for key in trained if groups[id(trained[key])]["lr"] == 0.25}
+    assert {groups[id(p)]["lr"] for key, p in trained.items() if key not in heads} == {0.5}
+    assert sum(trained[key].numel() for key in heads) == HEAD and all("classifier" in key for key in heads)
+    assert {key: groups[id(trained[key])]["weight_decay"] for key in heads} == {
+        key: 0.1 if trained[key].dim() > 1 else 0.0 for key in heads
+    }
+
+
+def test_the_heads_rate_follows_the_same_schedule(world: Path, tmp_path: Path) -> None:
+    more = ["training.learning_rate=0.01", "training.head_learning_rate=0.02", "training.max_steps=1"]
+    with peft_warnings():
+        job = _prepare(recipe_of(world, METHODS["lora"], *more), tmp_path / "run", Console(quiet=True), False)
+    job.trainer.train()
+    groups = job.trainer.optimizer.param_groups
+    assert {group["initial_lr"] for group in groups} == {0.01, 0.02}
+    assert {group["lr"] for group in groups} == {0.0}  # the end of a linear schedule
+    with pytest.raises(ConfigError, match="no head trains"):
+        give_head_its_rate(job.trainer, [], 0.1)
+
+
+def test_a_rate_for_a_head_that_is_none_is_refused(world: Path, tmp_path: Path) -> None:
+    for wrong in ("-1", "fast", ".inf", "true"):
+        with pytest.raises(ConfigError, match=r"'training\.head_learning_rate' is .*; it must be a number"):
+            recipe = recipe_of(world, METHODS["lora"], f"training.head_learning_rate={wrong}")
+            _prepare(recipe, tmp_path / "run", Console(quiet=True), False)
 
 
 @pytest.mark.slow

@@ -137,12 +137,13 @@ def test_a_killed_run_goes_on_bit_by_bit(
 
 
 @pytest.mark.slow
-def test_lora_and_accumulated_steps_go_on_bit_by_bit(
+def test_lora_accumulated_steps_and_a_rate_of_the_head_go_on_bit_by_bit(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(world, tmp_path / "whole", LORA, gradient_accumulation_steps=2, save_steps=3)
-    killed(world, tmp_path / "run", 8, monkeypatch, LORA, gradient_accumulation_steps=2, save_steps=3)
-    train(world, tmp_path / "run", LORA, resume=True, gradient_accumulation_steps=2, save_steps=3)
+    choices: dict[str, Any] = {"gradient_accumulation_steps": 2, "save_steps": 3, "head_learning_rate": 2e-2}
+    train(world, tmp_path / "whole", LORA, **choices)
+    killed(world, tmp_path / "run", 8, monkeypatch, LORA, **choices)
+    train(world, tmp_path / "run", LORA, resume=True, **choices)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 

@@ -37,8 +37,10 @@ DEFAULTS: dict[str, Any] = {
     "train_sampling_strategy": "group_by_length",
     "report_to": "none",
     "decay_adapter": False,
+    "head_learning_rate": None,
 }
-PATIENCE, DECAY = _OWN = "early_stopping_patience", "decay_adapter"  # our own keys in section training
+# Our own keys in section training.
+PATIENCE, DECAY, HEAD_RATE = _OWN = "early_stopping_patience", "decay_adapter", "head_learning_rate"
 _REFUSED = {
     "push_to_hub": "a run stays on this machine; upload its folder afterwards with `hf upload`",
     "resume_from_checkpoint": "a run finds its checkpoint itself; use --resume",
@@ -152,6 +154,8 @@ def _arguments(
     _check_patience(section)
     if not isinstance(section.get(DECAY, False), bool):
         raise ConfigError(f"'training.{DECAY}' is {section[DECAY]!r}; it must be true or false.")
+    if section.get(HEAD_RATE) is not None:
+        _check_value(kind, "learning_rate", section[HEAD_RATE], called=HEAD_RATE)
     _check_loggers(section.get("report_to"))
     # Of this machine and folder, so not of the resolved recipe.
     here = {"dataloader_pin_memory": torch.cuda.is_available(), "run_name": out.name}
@@ -184,18 +188,19 @@ def _check_loggers(report_to: Any) -> None:
             )
 
 
-def _check_value(kind: type[TrainingArguments], key: str, value: Any) -> None:
-    """TrainingArguments takes anything and fails far from the cause."""
+def _check_value(kind: type[TrainingArguments], key: str, value: Any, called: str | None = None) -> None:
+    """TrainingArguments takes anything and fails far from the cause. A key of our own is `called` otherwise."""
+    called = called or key
     hint = typing.get_type_hints(kind)[key]
     kinds = set(typing.get_args(hint)) or {hint}
     if not kinds <= {*_KINDS, type(None)}:
         return
     wanted = next(text for type_, text in _KINDS.items() if type_ in kinds)
     if type(value) not in kinds | ({int} if float in kinds else set()):
-        raise ConfigError(f"'training.{key}' is {value!r}; it must be {wanted}.")
+        raise ConfigError(f"'training.{called}' is {value!r}; it must be {wanted}.")
     least = _LEAST.get(key, -math.inf)
     if value is not None and not least <= value < math.inf:
-        raise ConfigError(f"'training.{key}' is {value!r}; it must be {wanted}, finite and at least {least}.")
+        raise ConfigError(f"'training.{called}' is {value!r}; it must be {wanted}, finite and at least {least}.")
 
 
 def _absolute(name: str | None) -> str | None:

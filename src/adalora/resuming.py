@@ -15,7 +15,7 @@ from .files import write_files
 from .integrations.checkpoints import checkpoints, flaw
 from .jsonfiles import believed, read_object, read_records
 from .recipe import Recipe, load_recipe
-from .resolve import DECAY
+from .resolve import DECAY, HEAD_RATE
 from .runfiles import BEGUN, CHECKPOINTS, FAILED, METRICS_FILE, RANKS_FILE, RESULT
 
 _FREE = {"max_minutes"}  # keys of a recipe that may differ in a resumed run
@@ -48,6 +48,7 @@ def require_same(recipe: Recipe, out: Path) -> None:
     before, now = _flat(load_recipe(str(out / BEGUN)).model_dump()), _flat(recipe.model_dump())
     # Runs that began before there was this key decayed everything alike.
     before.setdefault(f"training.{DECAY}", bool(before.get("training.weight_decay")) or now[f"training.{DECAY}"])
+    before.setdefault(f"training.{HEAD_RATE}", None)
     for key in sorted(before | now):
         if before.get(key) != now.get(key) and key not in _FREE:
             raise ConfigError(

@@ -18,6 +18,7 @@ from .job import Job
 from .methods import build_method
 from .methods.adalora import AdaLora
 from .methods.base import Method
+from .methods.trained import head_modules
 from .plan import PlanPrinter
 from .recipe import Recipe
 from .records import RunRecorder
@@ -25,6 +26,7 @@ from .reloading import reload_difference
 from .report import rank_report
 from .resolve import (
     DECAY,
+    HEAD_RATE,
     PATIENCE,
     check_training,
     resolve_model,
@@ -37,7 +39,7 @@ from .resuming import last_checkpoint, no_checkpoint, require_same, resumed, rew
 from .screen import ProgressLine, quiet
 from .tasks.base import build_task
 from .tasks.quantization import check_quantization
-from .trainer import build_trainer
+from .trainer import build_trainer, give_head_its_rate
 
 
 def run(recipe: Recipe, out: Path, console: Console, resume: bool = False) -> RunResult:
@@ -76,7 +78,9 @@ def _prepare(recipe: Recipe, out: Path, console: Console, resume: bool) -> Job:
         checkpoint = find(out, lambda line: console.print(f"  {line}", markup=False))
         live = rewind(out, step_of(checkpoint))
     set_seed(recipe.seed)
-    model = method.prepare(task.build_model(path, recipe))
+    model = task.build_model(path, recipe)
+    heads = head_modules(model, method.options().get("modules_to_save"))
+    model = method.prepare(model)
     source = method.callback if isinstance(method, AdaLora) else None
     recorder, stop = RunRecorder(out, recipe, source, live), StopGracefully(recipe.max_minutes)
     line = ProgressLine(console, source, str(recipe.method["name"]))
@@ -86,6 +90,8 @@ def _prepare(recipe: Recipe, out: Path, console: Console, resume: bool) -> Job:
     callbacks = [*method.callbacks(), plan, *best, SameOrder(), line, stop, recorder]
     undecayed = [] if recipe.training[DECAY] or not arguments.weight_decay else method.added(model)
     trainer = build_trainer(model, arguments, task, callbacks, undecayed)
+    if recipe.training[HEAD_RATE] is not None:
+        give_head_its_rate(trainer, heads, recipe.training[HEAD_RATE])
     return Job(
         recipe=recipe,
         out=out,

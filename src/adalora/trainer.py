@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -55,6 +56,24 @@ def _leave_out(trainer: Trainer, undecayed: Sequence[nn.Parameter]) -> None:
         return [name for name in usual(model) if name not in known]
 
     trainer.get_decay_parameter_names = names
+
+
+def give_head_its_rate(trainer: Trainer, heads: Sequence[str], rate: float) -> None:
+    """Let what trains inside the modules `heads`, named as in the base model, have a learning rate of its own.
+
+    It follows the same schedule. Raises ConfigError if nothing trains there.
+    """
+    inside = re.compile("|".join(rf"(?:^|\.){re.escape(head)}\." for head in heads) or "$^")
+    own = {id(p) for name, p in trainer.model.named_parameters() if p.requires_grad and inside.search(name)}
+    if not own:
+        raise ConfigError("'training.head_learning_rate' is set, but no head trains in this model; leave it out.")
+    groups = trainer.optimizer.param_groups
+    for group in list(groups):
+        head = [parameter for parameter in group["params"] if id(parameter) in own]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        if head:
+            groups.append({**group, "params": head, "lr": rate})
+    groups[:] = [group for group in groups if group["params"]]
 
 
 def loggers_last(trainer: Trainer) -> None:
