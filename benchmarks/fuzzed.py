@@ -35,7 +35,15 @@ from benchmarks.world import make_world
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RUN = ("recipe.yaml", "result.json", "metrics.jsonl", "ranks.jsonl", "adapter/adapter_config.json")
-CHECKPOINT = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+CHECKPOINT = (
+    "trainer_state.json",
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "weights.sha256",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+)
 ROWS = [{"text": "a cat", "label": "animal", "tokens": ["a", "cat"]}, {"text": "an elm", "label": "plant", "n": 3}]
 
 

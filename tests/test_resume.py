@@ -148,6 +148,28 @@ def test_lora_accumulated_steps_and_a_rate_of_the_head_go_on_bit_by_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["", LORA])
+def test_a_flipped_bit_in_the_weights_sends_a_run_back_to_the_checkpoint_before(
+    method: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [method] if method else []
+    choices: dict[str, Any] = {"save_steps": 3, "save_total_limit": 3}
+    train(world, tmp_path / "whole", *more, **choices)
+    killed(world, tmp_path / "run", 8, monkeypatch, *more, **choices)
+    (weights,) = (tmp_path / "run" / "checkpoints" / "checkpoint-6").glob(
+        "*adapter_model.safetensors" if method else "model.safetensors"
+    )
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1  # a number among others: nothing but a checksum would tell
+    weights.write_bytes(content)
+    lines: list[str] = []
+    train(world, tmp_path / "run", *more, resume=True, lines=lines, **choices)
+    assert f"  checkpoint-6 is incomplete ({weights.name} is damaged: its checksum differs); it is removed" in lines
+    assert "  resuming from checkpoint-3" in lines
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_a_run_that_started_from_data_goes_on_bit_by_bit_without_starting_again(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from transformers import set_seed
 from .claiming import claimed
 from .failures import explained
 from .integrations.best import BestWithinBudget, Patience
+from .integrations.checksums import Checksums
 from .integrations.ordering import SameOrder
 from .integrations.stopping import StopGracefully
 from .job import Job
@@ -87,7 +88,8 @@ def _prepare(recipe: Recipe, out: Path, console: Console, resume: bool) -> Job:
     patience = Patience(recipe.training[PATIENCE]) if recipe.training.get(PATIENCE) else None
     best = [BestWithinBudget(source), *([patience] if patience else [])]
     plan = PlanPrinter(console, method, source, task)
-    callbacks = [*method.callbacks(), plan, *best, SameOrder(), line, stop, recorder]
+    sums = [] if source else [Checksums()]  # `source` writes its own
+    callbacks = [*method.callbacks(), plan, *best, SameOrder(), line, stop, *sums, recorder]
     undecayed = [] if recipe.training[DECAY] or not arguments.weight_decay else method.added(model)
     trainer = build_trainer(model, arguments, task, callbacks, undecayed)
     if recipe.training[HEAD_RATE] is not None:

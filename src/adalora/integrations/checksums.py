@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
 
 from ..files import write_files
+from .saving import CHECKPOINT_PREFIX
 
 CHECKSUMS_FILE = "weights.sha256"
+
+
+class Checksums(TrainerCallback):
+    """Notes what the weights of each checkpoint are. AdaLoraCallback is one of these."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write checksums beside the weights, once the checkpoint is whole. Raises AdapterFileError."""
+        checkpoint = Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
+        if args.should_save and checkpoint.is_dir():  # a search over hyperparameters has its folders elsewhere
+            write_checksums(checkpoint)
 
 
 def write_checksums(checkpoint: Path) -> None:

@@ -10,34 +10,32 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from ..allocator import RankAllocator
 from ..config import AdaLoraConfig
 from ..errors import ConfigError, TrainingError
 from ..injection import adapter_config, inject
 from ..regularizer import orthogonality_penalty
-from .checksums import write_checksums
+from .checksums import Checksums
 from .models import is_adapted, with_task_head
-from .saving import CHECKPOINT_PREFIX, prepare_saving
+from .saving import prepare_saving
 from .starting import start_from_rows_
 
 logger = logging.getLogger("adalora")
 
 
-class AdaLoraCallback(TrainerCallback):
+class AdaLoraCallback(Checksums):
     """`Trainer(..., callbacks=[AdaLoraCallback(config)])` trains with AdaLoRA; nothing else changes.
 
     The model may be adapted already; if not, it is adapted with `config`, whose `modules_to_save` default to
     the model's task head. The run's length comes from the Trainer, and so do the rows of a start from data, once,
     before the first step (`starting`). When training ends, also early, the budget is met. The logs gain
     adalora/budget, adalora/phase and adalora/orthogonality. `compact` frees pruned triplets as soon as the pattern is
-    final. `allocator` is the RankAllocator once training has begun.
+    final. `allocator` is the RankAllocator once training has begun. Checkpoints get checksums.
     """
 
     def __init__(self, config: AdaLoraConfig | None = None, *, compact: bool = False) -> None:
@@ -101,12 +99,6 @@ class AdaLoraCallback(TrainerCallback):
         logs.update(own)
         if state.log_history:
             state.log_history[-1].update(own)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note what the weights of a checkpoint are, so that `last_complete_checkpoint` passes over damaged ones."""
-        checkpoint = Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
-        if args.should_save and checkpoint.is_dir():  # a search over hyperparameters has its folders elsewhere
-            write_checksums(checkpoint)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Meet the budget, whatever ended the training and whichever checkpoint was loaded last."""
