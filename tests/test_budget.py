@@ -273,6 +273,7 @@ EVERYTHING = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_with_every_improvement_resumes_bit_by_bit() -> None:
     """In every phase and around an allocation; the states are those of one run, taken on its way."""
     states: dict[int, Any] = {}

@@ -83,6 +83,7 @@ def complete(typed: list[str]) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_the_shell_completes_commands_and_recipe_names() -> None:
     assert complete(["pre"]) == ["predict"]
     assert complete(["train", "text-"]) == ["text-classification"]

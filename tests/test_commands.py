@@ -267,6 +267,7 @@ def test_the_sizes_of_the_papers_models_come_from_their_configurations_alone(
     assert plan["memory"]["activations"] > 0 and plan["flops_per_step"] > 0
 
 
+@pytest.mark.slow
 def test_the_planned_file_is_the_written_file_to_the_byte(shell: Shell, world: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(world / "bert", num_labels=2)
     config = AdaLoraConfig(init_r=4, target_r=4, exclude_modules=["pooler.dense"], modules_to_save=["classifier"])

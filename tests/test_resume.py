@@ -347,6 +347,7 @@ def score_by_step(values: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> 
     return steps
 
 
+@pytest.mark.slow
 def test_the_best_model_is_of_the_final_phase_however_good_an_earlier_one_was(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

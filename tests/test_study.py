@@ -230,6 +230,7 @@ def test_while_seeds_are_missing_the_rate_is_chosen_by_those_that_all_rates_have
     assert choose(GRID, {}, [0, 1, 2], 2).rate is None
 
 
+@pytest.mark.slow
 def test_shuffled_test_scores_change_no_choice() -> None:
     grid, shuffle = grid_of(DESIGN), random.Random(0)
     runs = [Run(cell, rate, seed) for cell in grid.cells for rate in GRID for seed in (0, 1, 2)]
@@ -279,6 +280,7 @@ def test_the_smallest_budget_within_one_standard_error_of_the_best_is_chosen() -
     assert smallest_sufficient({1: [90.0], 2: best}) is None and smallest_sufficient({}) is None
 
 
+@pytest.mark.slow
 def test_the_automatic_budget_is_by_validation_scores_and_needs_all_tasks_of_a_seed() -> None:
     grid = grid_of(DESIGN)
 

@@ -44,6 +44,7 @@ def simulated_coverage(tasks: int, seeds: int, studies: int = 200) -> float:
     return held / studies
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_truth_as_often_as_it_says_with_many_tasks_and_less_often_with_five() -> None:
     assert 0.90 <= simulated_coverage(tasks=12, seeds=4) <= 0.99
     assert 0.80 <= simulated_coverage(tasks=5, seeds=3) <= 0.95

@@ -283,6 +283,7 @@ def _roberta(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@pytest.mark.slow
 def test_roberta_gets_words_as_they_stand_in_a_text(world: Path, tmp_path: Path) -> None:
     tokenizer = _roberta(tmp_path / "roberta")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -298,6 +299,7 @@ def test_roberta_gets_words_as_they_stand_in_a_text(world: Path, tmp_path: Path)
     assert 0 <= result.scores["f1"] <= 1 and result.steps == 3
 
 
+@pytest.mark.slow
 def test_deberta_trains_and_reloads(world: Path, tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "deberta", ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *PEOPLE, *PLACES, *OTHERS))
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

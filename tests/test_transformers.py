@@ -366,6 +366,7 @@ def in_peft(folder: Path) -> Any:
 # --- Runs that do not go to plan ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_load_best_model_from_before_the_budget_still_ends_on_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
