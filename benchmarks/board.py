@@ -52,3 +52,10 @@ def end(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 def write_state(file: Path, state: dict[str, Any]) -> None:
     """All of it, or what was in `file` before."""
     write_files(file.parent, {file.name: lambda path: torch.save(state, path)})
+
+
+def cut(file: Path, count: int) -> Path:
+    """The file with its first `count` lines: those behind the checkpoint will be written again."""
+    held = file.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if file.exists() else []
+    write_files(file.parent, {file.name: lambda path: path.write_text("".join(held), encoding="utf-8")})
+    return file

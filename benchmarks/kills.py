@@ -27,14 +27,15 @@ from typing import Any
 import torch
 
 from adalora.schedule import Schedule
-from benchmarks import loops, records, victims
+from benchmarks import accelerated, loops, records, victims
 from benchmarks.board import FINAL, MICRO, SCHEDULE, STEPS, Board, Victim
 from benchmarks.world import make_world, settings
 
 SHARES: dict[str, tuple[Victim, float]] = {
-    "plain loop": (loops.plain, 0.36),
-    "plain loop, compacting": (loops.compacting, 0.2),
-    "Trainer": (victims.trainer, 0.24),
+    "plain loop": (loops.plain, 0.3),
+    "plain loop, compacting": (loops.compacting, 0.16),
+    "Accelerate": (accelerated.accelerated, 0.14),
+    "Trainer": (victims.trainer, 0.2),
     "adalora train": (victims.command, 0.12),
 }  # the rest are commands in processes of their own
 COMMANDS = "adalora train, a process"

@@ -12,8 +12,7 @@ import torch._dynamo  # optimizers import it at their first step: once here, not
 from torch import nn
 
 import adalora
-from adalora.files import write_files
-from benchmarks.board import FINAL, MICRO, SCHEDULE, STEPS, Board, end, write_state
+from benchmarks.board import FINAL, MICRO, SCHEDULE, STEPS, Board, cut, end, write_state
 
 CHECKPOINT_EVERY = 7  # micro-batches: every second checkpoint lies between two of one step
 
@@ -49,7 +48,7 @@ def _loop(out: Path, board: Board, compact: bool) -> None:
         torch.set_rng_state(held["generator"])
     allocator = adalora.RankAllocator(model, STEPS, compact=compact).attach(optimizer)
     begin = held.get("place", 0)
-    lines = _cut(out / "metrics.jsonl", begin)
+    lines = cut(out / "metrics.jsonl", begin)
     with lines.open("a", encoding="utf-8") as metrics:
         for place in range(begin, STEPS * MICRO):
             board.tell(place)
@@ -83,13 +82,6 @@ def _loop(out: Path, board: Board, compact: bool) -> None:
 
 def _inputs(place: int) -> torch.Tensor:
     return torch.randn(16, 8, generator=torch.Generator().manual_seed(place))
-
-
-def _cut(file: Path, count: int) -> Path:
-    """The file with its first `count` lines: those behind the checkpoint will be written again."""
-    held = file.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if file.exists() else []
-    write_files(file.parent, {file.name: lambda path: path.write_text("".join(held), encoding="utf-8")})
-    return file
 
 
 def _digest(optimizer: torch.optim.Optimizer) -> str:

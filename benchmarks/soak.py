@@ -27,6 +27,7 @@ from adalora.checkpoint import CONFIG_FILE
 from benchmarks import records
 
 LOOKS = 40  # at memory and files, over the run
+MOST_KB, MOST_OBJECTS = 8 * 1024, 100  # a step that kept 1 kB, or an object in a hundred steps, would be over it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,6 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records.store(options.out, f"{options.steps} steps", record | {"environment": records.environment()})
     if record["off_budget"] or record["drifted"]:
         sys.exit("the budget was missed, or masks and files differ")
+    if leaks(record):
+        sys.exit("memory grew")
+
+
+def leaks(record: records.Record) -> bool:
+    """Whether the second half of a run grew by more than an allocator of the C library does by itself."""
+    grown = record["kB_grown_in_the_second_half"], record["objects_grown_in_the_second_half"]
+    return grown[0] > MOST_KB or grown[1] > MOST_OBJECTS
 
 
 def soak(steps: int, looks_wanted: int = LOOKS) -> records.Record:

@@ -50,11 +50,13 @@ def settings(world: Path) -> list[str]:
 
 def preload() -> None:
     """Import what takes seconds, so that forked runs have it."""
+    import accelerate
     import transformers
 
     import adalora.train
 
-    assert adalora.train and transformers.BertForSequenceClassification and transformers.Trainer
+    assert accelerate.Accelerator and adalora.train
+    assert transformers.BertForSequenceClassification and transformers.Trainer
 
 
 def draw_tokens(count: int) -> torch.Tensor:

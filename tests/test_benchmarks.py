@@ -273,3 +273,11 @@ def test_a_short_soak_is_on_budget_with_masks_as_stored() -> None:
     assert record["allocations"] >= 58
     assert (record["off_budget"], record["drifted"], record["live_at_the_end"]) == (0, 0, 12)
     assert record["pattern_changes"] > 5
+    assert not soak.leaks(record)
+
+
+def test_a_soak_sees_an_object_kept_by_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Tensor] = []
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, **own: kept.append(value := randn(*size, **own)) or value)
+    assert soak.leaks(soak.soak(240, looks_wanted=4))

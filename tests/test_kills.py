@@ -16,11 +16,12 @@ from benchmarks.world import preload
     [
         pytest.param("plain loop", 3, marks=pytest.mark.slow),
         pytest.param("plain loop, compacting", 4, marks=pytest.mark.slow),
+        pytest.param("Accelerate", 4, marks=pytest.mark.slow),
         pytest.param("Trainer", 4, marks=pytest.mark.slow),
     ],
 )
 def test_runs_killed_at_random_moments_end_as_one_that_was_left_alone(kind: str, count: int, tmp_path: Path) -> None:
-    if kind == "Trainer":
+    if kind in ("Trainer", "Accelerate"):
         preload()
     record = kills.series(kind, count, seed=5, world=tmp_path)
     assert record["kills"] == count

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import devices
 
 import adalora
 import processes
@@ -223,3 +224,12 @@ def test_a_stage_of_a_pipeline_is_refused_by_name() -> None:
     stage: Any = type("PipelineStage", (), {})()
     with pytest.raises(adalora.AdaLoraError, match=r"PipelineStage is no module.*could not move between them"):
         adalora.RankAllocator(stage)
+
+
+@pytest.mark.slow
+def test_sharding_divides_the_peak_memory_of_a_process() -> None:
+    """Base and adapter state of 64 + 14 MB; what is gathered for a layer, 4 MB, comes on top."""
+    (whole,) = devices.measure("one process", 1, width=1024, layers=16)["peak MB of each"]
+    parts = devices.measure("FSDP2", 2, width=1024, layers=16)["peak MB of each"]
+    assert whole >= 70
+    assert all(35 <= part <= 0.8 * whole for part in parts)

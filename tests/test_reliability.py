@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from benchmarks import soak
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,3 +44,5 @@ def test_the_figures_are_those_that_the_commands_wrote() -> None:
     keys = ("allocations", "pattern_changes", "kB_grown_in_the_second_half", "off_budget", "drifted")
     assert found["soak"] == [figures("soak", key)[0] for key in keys]
     assert found["soak"][0] >= 20_000 and found["soak"][3:] == [0, 0]
+    (record,) = json.loads((RESULTS / "soak.json").read_text(encoding="utf-8"))["cells"].values()
+    assert not soak.leaks(record)
