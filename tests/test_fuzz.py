@@ -16,6 +16,7 @@ from adalora.errors import AdaLoraError, AdapterFileError, ConfigError, DataErro
 from adalora.jsonfiles import believed, read_object, read_records
 from adalora.recipe import load_recipe
 from adalora.study.design import load_study
+from tiny import peft_warnings
 
 
 def readers(folder: Path) -> dict[str, fuzzed.Reader]:
@@ -28,6 +29,15 @@ def test_a_sample_of_damaged_adapters_recipes_studies_and_rows(tmp_path: Path) -
         record, errors = fuzz.feed(reader, 30, tmp_path / "fed", first=100_000)
         assert errors == [], name
         assert record["inputs"] == 30 and record["slowest_s"] < fuzz.SECONDS
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")  # PEFT of an option it does not know
+def test_a_sample_of_damaged_loras_and_of_what_other_methods_store(tmp_path: Path) -> None:
+    with peft_warnings():
+        for name, reader in fuzzed.lora_readers(tmp_path / "made").items():
+            record, errors = fuzz.feed(reader, 20, tmp_path / "fed", first=100_000)
+            assert errors == [], name
+            assert record["accepted"] < 20
 
 
 @pytest.mark.slow
@@ -116,6 +126,10 @@ def test_records_end_at_the_first_line_that_is_torn(tmp_path: Path) -> None:
         assert read_records(file) == [{"step": 1}]
 
 
+class KeyboardError(Exception):
+    """What another library calls its own."""
+
+
 def test_records_that_are_not_as_written_are_one_error(tmp_path: Path) -> None:
     for fails in (lambda: {}["a"], lambda: 1 + "a", lambda: int("x"), lambda: None.a, lambda: 1 // 0):  # type: ignore
         with pytest.raises(AdapterFileError, match="not as they were written"), believed(tmp_path):
@@ -124,6 +138,10 @@ def test_records_that_are_not_as_written_are_one_error(tmp_path: Path) -> None:
         raise DataError("mine")
     with pytest.raises(AssertionError), believed(tmp_path):
         raise AssertionError
+    with pytest.raises(AdapterFileError, match="KeyboardError: no"), believed(tmp_path, KeyboardError):
+        raise KeyboardError("no")
+    with pytest.raises(KeyboardError), believed(tmp_path):
+        raise KeyboardError("no")
     assert issubclass(AdapterFileError, AdaLoraError)
 
 
