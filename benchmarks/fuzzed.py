@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adalora
-from adalora.commands.comparing import _folders
+from adalora.commands.comparing import _folders, _print, run_row
+from adalora.commands.inspecting import inspect_facts
+from adalora.commands.planning import count_rows
 from adalora.commands.rows import rows_of_file
 from adalora.commands.runs import read_trained
+from adalora.commands.squeezing import cut, read_lora
 from adalora.config import AdaLoraConfig
 from adalora.errors import AdaLoraError, AdapterFileError
 from adalora.htmlreport import write_report
@@ -31,7 +37,7 @@ from adalora.study.results import read_results
 from adalora.yamlfiles import load_yaml
 from benchmarks import victims
 from benchmarks.board import FINAL, Board
-from benchmarks.world import make_world
+from benchmarks.world import bert_config, make_world
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RUN = ("recipe.yaml", "result.json", "metrics.jsonl", "ranks.jsonl", "adapter/adapter_config.json")
@@ -60,7 +66,7 @@ class Reader:
 def make_readers(folder: Path) -> dict[str, Reader]:
     """All of them, with the files that they read whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    return adapter_readers(folder) | text_readers() | run_readers(folder)
+    return adapter_readers(folder) | lora_readers(folder) | text_readers() | run_readers(folder)
 
 
 def adapter_readers(folder: Path) -> dict[str, Reader]:
@@ -78,6 +84,27 @@ def adapter_readers(folder: Path) -> dict[str, Reader]:
     }
 
 
+def lora_readers(folder: Path) -> dict[str, Reader]:
+    """A LoRA of PEFT's to load, to squeeze, to inspect; what trained of a method that PEFT has no format for."""
+    plain = build_method({"name": "lora", "r": 4, "target_modules": ["query"]})
+    plain.save(plain.prepare(_bert()), folder / "lora", "bert", None)
+    bitfit = build_method({"name": "bitfit"})
+    bitfit.save(bitfit.prepare(_bert()), folder / "bitfit", "bert", None)
+    houlsby = build_method({"name": "houlsby", "bottleneck": 2})
+    houlsby.save(houlsby.prepare(_bert()), folder / "houlsby", "bert", None)
+    names = (CONFIG, WEIGHTS)
+    lora, biases, bottlenecks = (
+        {name: (folder / kind / name).read_bytes() for name in names} for kind in ("lora", "bitfit", "houlsby")
+    )
+    return {
+        "LoRA to load": Reader(lora, names, partial(_loaded, plain), 1),
+        "LoRA to squeeze": Reader(lora, names, _squeezed, 1),
+        "LoRA to inspect": Reader(lora, names, _inspected, 1),
+        "biases to load": Reader(biases, names, partial(_loaded, bitfit), 1),
+        "bottlenecks to load": Reader(bottlenecks, names, partial(_loaded, houlsby), 1),
+    }
+
+
 def text_readers() -> dict[str, Reader]:
     """Files that people write: recipes, studies, lists of runs, rows."""
     source = Path(adalora.__file__).parent
@@ -92,6 +119,7 @@ def text_readers() -> dict[str, Reader]:
         "rows.tsv": b"text\tlabel\na cat\tanimal\n",
         "rows.txt": b"a cat\nan elm\n",
     }
+    counted = rows | {"rows.jsonl.gz": gzip.compress(lines), "rows.parquet": _parquet()}
     setting = b"model.name_or_path=x\nmethod.init_r=4\ntraining={learning_rate: 1e-3}\ndata.train=a\n"
     return {
         "recipe": Reader(recipes, tuple(recipes), _recipes, 3),
@@ -99,6 +127,7 @@ def text_readers() -> dict[str, Reader]:
         "study": Reader(studies, tuple(studies), _studies, 2),
         "list of runs": Reader({"runs.yaml": b"runs: [a, b]\n"}, ("runs.yaml",), _list_of_runs, 1),
         "rows": Reader(rows, tuple(rows), _rows, 1),
+        "rows to count": Reader(counted, tuple(counted), _counted, 1),
     }
 
 
@@ -120,6 +149,7 @@ def run_readers(folder: Path) -> dict[str, Reader]:
     results = "".join(json.dumps(record | {"seed": seed}) + "\n" for seed in range(3)).encode()
     return {
         "report of a run": Reader(run, (*RUN, "adapter/adapter_model.safetensors"), _report, 1),
+        "run to compare": Reader(run, ("result.json", "recipe.yaml"), _compared, 1),
         "run to use": Reader(run, (*RUN, "adapter/config.json"), _used, 1),
         "run to resume": Reader(stopped, tuple(stopped), _resumed, 1),
         "checkpoint": Reader(checkpoint, tuple(checkpoint), _checkpoint, 1),
@@ -161,6 +191,59 @@ def _adapter(folder: Path, _: str) -> None:
         raise RuntimeError("numbers that are not finite were read")
     if not sum(p.numel() for p in model.parameters()) < 10_000:
         raise RuntimeError("the adapter is larger than its file")
+
+
+def _bert() -> nn.Module:
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(2)
+    return BertForSequenceClassification(bert_config(12))
+
+
+def _parquet() -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": ["a cat", "an elm"], "label": ["animal", "plant"]}), file)
+    return file.getvalue()
+
+
+def _loaded(method: Any, folder: Path, _: str) -> None:
+    """Into a model, which an error leaves alone, and which afterwards is no larger than its file allows."""
+    base = _bert()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    try:
+        model = method.load(base, folder)
+    except AdaLoraError:
+        after = base.state_dict()
+        if after.keys() != before.keys() or any(not torch.equal(after[name], before[name]) for name in before):
+            raise RuntimeError("an adapter that was refused has changed the model") from None
+        raise
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise RuntimeError("numbers that are not finite were read")
+
+
+def _squeezed(folder: Path, _: str) -> None:
+    lora = read_lora(folder)
+    small, share = cut(lora, max(lora.size // 2, 1), True)
+    if not all(value.isfinite().all() for A, B, _ in small.factors.values() for value in (A, B)) or share > 1.001:
+        raise RuntimeError("numbers that cannot be were made of it")
+
+
+def _inspected(folder: Path, _: str) -> None:
+    facts, report = inspect_facts(folder)
+    report.table(), report.heatmap(color=False), json.dumps(facts)
+
+
+def _compared(folder: Path, _: str) -> None:
+    row = run_row(folder)
+    with redirect_stdout(io.StringIO()):
+        _print([row])
+
+
+def _counted(folder: Path, name: str) -> None:
+    count_rows(folder / name)
 
 
 def _configuration(folder: Path, _: str) -> None:

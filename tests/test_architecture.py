@@ -21,7 +21,7 @@ CORE = (
     {"quantized"},
     {"schedule", "layers", "files", "jsonfiles", "checks", "presets", "sharding", "quantizedmodels"},
     {"config", "optimizers", "masking", "runstate", "gathering"},
-    {"stepsize", "pending"},
+    {"stepsize", "pending", "runmanifest"},
     {"conversion"},
     {"importance", "targets", "compaction"},
     {"budget", "fisher", "basis"},

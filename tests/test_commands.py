@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -410,6 +412,13 @@ def test_rows_are_counted_in_every_format(name: str, tmp_path: Path) -> None:
     assert count_rows(write(tmp_path / name, rows(11))) == 11
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.csv", "d.tsv", "d.parquet"])
+def test_a_file_whose_rows_cannot_be_counted_is_told(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00a\n" * 9)
+    with pytest.raises(DataError, match=rf"cannot count the rows of .*{re.escape(name)}"):
+        count_rows(tmp_path / name)
+
+
 def test_steps_are_counted_as_the_trainer_does(tmp_path: Path) -> None:
     recipe = recipe_for("classification", train=str(write(tmp_path / "d.jsonl", rows(50))))
     training = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
@@ -521,6 +530,12 @@ def test_compare_puts_runs_side_by_side(shell: Shell, finished: Path, lora: Path
     text = shell("compare", tmp_path / "runs.yaml")
     assert text == shell("compare", finished, lora)
     assert len(text.splitlines()) == 3 and f"{results[0]['parameters']['final']:,}" in text
+    result, broken = json.loads((finished / "result.json").read_text()), tmp_path / "broken"
+    broken.mkdir()
+    shutil.copyfile(finished / "recipe.yaml", broken / "recipe.yaml")
+    for change in ({"split": "x"}, {"split": []}, {"parameters": 3}, {"scores": {"accuracy": None}}, {"steps": "4"}):
+        (broken / "result.json").write_text(json.dumps(result | change))
+        assert "not as they were written" in shell("compare", broken, code=2)
     (tmp_path / "bad.yaml").write_text("run: x\n")
     assert "must hold runs" in shell("compare", tmp_path / "bad.yaml", code=2)
 

@@ -30,6 +30,14 @@ def test_a_sample_of_damaged_adapters_recipes_studies_and_rows(tmp_path: Path) -
         assert record["inputs"] == 30 and record["slowest_s"] < fuzz.SECONDS
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of options that it does not know or does not like
+def test_a_sample_of_damaged_loras_and_of_what_other_methods_store(tmp_path: Path) -> None:
+    for name, reader in fuzzed.lora_readers(tmp_path / "made").items():
+        record, errors = fuzz.feed(reader, 20, tmp_path / "fed", first=100_000)
+        assert errors == [], name
+        assert record["accepted"] < 20
+
+
 @pytest.mark.slow
 def test_a_sample_of_damaged_runs_and_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
@@ -116,6 +124,10 @@ def test_records_end_at_the_first_line_that_is_torn(tmp_path: Path) -> None:
         assert read_records(file) == [{"step": 1}]
 
 
+class KeyboardError(Exception):
+    """What another library calls its own."""
+
+
 def test_records_that_are_not_as_written_are_one_error(tmp_path: Path) -> None:
     for fails in (lambda: {}["a"], lambda: 1 + "a", lambda: int("x"), lambda: None.a, lambda: 1 // 0):  # type: ignore
         with pytest.raises(AdapterFileError, match="not as they were written"), believed(tmp_path):
@@ -124,6 +136,10 @@ def test_records_that_are_not_as_written_are_one_error(tmp_path: Path) -> None:
         raise DataError("mine")
     with pytest.raises(AssertionError), believed(tmp_path):
         raise AssertionError
+    with pytest.raises(AdapterFileError, match="KeyboardError: no"), believed(tmp_path, KeyboardError):
+        raise KeyboardError("no")
+    with pytest.raises(KeyboardError), believed(tmp_path):
+        raise KeyboardError("no")
     assert issubclass(AdapterFileError, AdaLoraError)
 
 

@@ -3,13 +3,19 @@
 `processes.py` trains in four gloo processes; here one process does the same with the whole batch.
 """
 
+import copy
+import hashlib
 import json
+import re
+import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from benchmarks import devices
+from safetensors.torch import save_file
 
 import adalora
 import processes
@@ -205,6 +211,67 @@ def test_a_damaged_run_is_not_continued(tmp_path: Path) -> None:
     assert "holds no complete run" in load()
     save_run(run.model, run.optimizer, tmp_path / "run")  # over the torn one
     assert load() == "nothing was raised"
+
+
+MOMENT = "optimizer.head.weight.exp_avg"
+HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "'load'": lambda text: text["tensors"][MOMENT].__setitem__(0, "load"),
+    "'nope'": lambda text: text["tensors"][MOMENT].__setitem__(0, "nope"),
+    "no list": lambda text: text["tensors"].update({MOMENT: "float32"}),
+    "no name": lambda text: text["tensors"].update({MOMENT: []}),
+    "2^50": lambda text: text["tensors"].update({MOMENT: ["float32", 2**40, 2**10]}),
+    "2 GB": lambda text: text["tensors"].update({MOMENT: ["float32", 2**14, 2**15]}),
+    "10^400": lambda text: text["tensors"].update({MOMENT: ["float32", 10**400]}),
+    "a scalar": lambda text: text["tensors"].update({MOMENT: ["float32"]}),
+    "less than nothing": lambda text: text["tensors"].update({MOMENT: ["float32", -1, -30]}),
+    "another type": lambda text: text["tensors"][MOMENT].__setitem__(0, "float64"),
+    "a tensor more": lambda text: text["tensors"].update({"optimizer.head.weight.more": ["float32", 2**14, 2**15]}),
+    "a tensor less": lambda text: text["tensors"].pop(MOMENT),
+    "no such parameter": lambda text: text["numbers"].update({"optimizer.nothing.step": 3}),
+    "no such kind": lambda text: text["numbers"].update({"else": 3}),
+    "a model's number": lambda text: text["numbers"].update({"model.head.weight": 3}),
+    "no such group": lambda text: text["numbers"].update({"group.9.lr": 3}),
+    "group x": lambda text: text["numbers"].update({"group.x.lr": 3}),
+    "group -1": lambda text: text["numbers"].update({"group.-1.lr": 3}),
+    "other parameters": lambda text: text["numbers"].update({"group.0.params": [0]}),
+    "a text for a rate": lambda text: text["numbers"].update({"group.0.lr": "x"}),
+    "a list for a rate": lambda text: text["numbers"].update({"group.0.lr": [0.1]}),
+    "one beta": lambda text: text["numbers"].update({"group.0.betas": [0.9]}),
+    "texts for betas": lambda text: text["numbers"].update({"group.0.betas": ["x", "y"]}),
+    "a number for a switch": lambda text: text["numbers"].update({"group.0.amsgrad": 3}),
+    "a number for a moment": lambda text: text["numbers"].update({MOMENT: 3}),
+    "no files": lambda text: text.update(files={}),
+    "a folder for a file": lambda text: text["files"].update({"..": "x"}),
+    "a file elsewhere": lambda text: text["files"].update({"../x.safetensors": "x"}),
+    "a group that is none": lambda text: text.update(groups=[3]),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_run_that_lies_with_a_digest_that_fits_changes_nothing(what: str, tmp_path: Path) -> None:
+    run = Run(adapted()).train(range(3))
+    save_run(run.model, run.optimizer, tmp_path, {"epoch": 1})
+    text = json.loads((tmp_path / MANIFEST).read_text())
+    del text["digest"]
+    HOSTILE[what](text)
+    sums = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
+    (tmp_path / MANIFEST).write_text(json.dumps(text | {"digest": sums}))
+    other = Run(adapted()).train(range(2))
+    before, held = copy.deepcopy(other.model.state_dict()), copy.deepcopy(other.optimizer.state_dict())
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(AdapterFileError, match=re.escape(str(tmp_path))):
+        load_run(other.model, other.optimizer, tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # kilobytes
+    torch.testing.assert_close(other.model.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(other.optimizer.state_dict(), held, rtol=0, atol=0)
+
+
+def test_a_file_that_the_run_does_not_list_is_not_read(tmp_path: Path) -> None:
+    run = Run(adapted()).train(range(3))
+    save_run(run.model, run.optimizer, tmp_path)
+    save_file({"model.head.weight": torch.zeros(3, 10)}, tmp_path / "more.safetensors")
+    with pytest.raises(AdapterFileError, match=r"more\.safetensors' is not among the files"):
+        load_run(run.model, run.optimizer, tmp_path)
 
 
 def test_an_optimizer_of_deepspeed_is_refused_by_name() -> None:

@@ -20,9 +20,10 @@ from adalora.claiming import claimed, locked
 from adalora.commands.runs import read_trained
 from adalora.errors import AdapterFileError, ConfigError
 from adalora.files import write_files
+from adalora.methods import build_method
 from adalora.recipe import load_recipe
 from adalora.study.design import load_study
-from tiny import adapted, pair
+from tiny import adapted, bert, pair, peft_warnings
 
 SOURCE = Path(adalora.__file__).parent
 
@@ -79,6 +80,62 @@ def test_yaml_makes_no_objects(tmp_path: Path) -> None:
     unsafe = [(file, name) for file, name, _ in calls() if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load")]
     assert unsafe == [("yamlfiles.py", "yaml.load")]  # with a SafeLoader
     assert issubclass(yamlfiles._Loader, yaml.SafeLoader)
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.made),)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-regu", "prune-lora", "squeeze-lora", "bitfit", "houlsby", "full"])
+def test_a_folder_of_pickles_is_read_by_no_method_and_the_hub_is_not_asked(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the hub was asked")
+
+    for function in ("hf_hub_download", "file_exists"):
+        monkeypatch.setattr(f"peft.utils.save_and_load.{function}", asked)
+    if name == "full":
+        bert().config.save_pretrained(tmp_path)
+    else:
+        kind = name.upper() if name in ("bitfit", "houlsby") else "LORA"
+        config = {"peft_type": kind, "r": 4, "target_modules": ["query"]}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    method = build_method({"name": name})
+    for content in ({"x": Bomb(tmp_path / "ran")}, {"x": torch.zeros(3)}, None):
+        for file in ("adapter_model.bin", "pytorch_model.bin"):
+            torch.save(content, tmp_path / file) if content else (tmp_path / file).unlink()
+        base = bert()
+        with pytest.raises(AdapterFileError) as caught:
+            method.load(base, tmp_path)
+        assert isinstance(base, type(bert())) and not (tmp_path / "ran").exists()
+        if method.options().get("r") and content:
+            assert "(.bin) are never read" in str(caught.value)
+
+
+def test_a_lora_cannot_name_code_to_import_or_memory_that_its_file_does_not_hold(tmp_path: Path) -> None:
+    method = build_method({"name": "lora", "target_modules": ["query"]})
+    with peft_warnings():
+        method.save(method.prepare(bert()), tmp_path, "bert", None)
+    good = json.loads((tmp_path / "adapter_config.json").read_text())
+    changes: dict[str, dict[str, Any]] = {
+        "names code to import": {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+        "rank 1000000000": {"r": 10**9},
+        "rank 2000": {"rank_pattern": {"query": 2000}},
+    }
+    for message, change in changes.items():
+        (tmp_path / "adapter_config.json").write_text(json.dumps(good | change))
+        with pytest.raises(AdapterFileError, match=message):
+            method.load(bert(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(good))
+    with peft_warnings():
+        method.load(bert(), tmp_path)
 
 
 def test_an_adapter_of_pickles_is_not_read(tmp_path: Path) -> None:
@@ -198,13 +255,9 @@ def test_a_base_model_of_pickles_with_code_in_it_is_refused_without_running_it(t
 
     from adalora.tasks.pretrained import from_pretrained
 
-    class Bomb:
-        def __reduce__(self) -> Any:
-            return os.mkdir, (str(tmp_path / "ran"),)
-
     config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     config.save_pretrained(tmp_path / "model")
-    torch.save({"x": Bomb()}, tmp_path / "model" / "pytorch_model.bin")
+    torch.save({"x": Bomb(tmp_path / "ran")}, tmp_path / "model" / "pytorch_model.bin")
     recipe = load_recipe("text-classification", [f"model.name_or_path={tmp_path / 'model'}", "data.train=a"])
     with pytest.raises(ConfigError, match="cannot load"):
         from_pretrained(AutoModel, str(tmp_path / "model"), recipe)

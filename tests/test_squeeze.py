@@ -11,12 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
 from adalora import cli
+from adalora.commands.inspecting import inspect_facts
 from adalora.commands.squeezing import cut, read_lora
+from adalora.errors import AdapterFileError
 
 Shell = Callable[..., str]
 TARGETS = ["query", "value", "intermediate.dense"]
@@ -154,3 +156,26 @@ def test_mistakes_are_told(tmp_path: Path, shell: Shell) -> None:
     (tmp_path / "whole" / "adapter_model.safetensors").write_bytes(b"torn")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "LORA", "init_lora_weights": True}))
     assert "cannot read" in shell(tmp_path / "whole", "--target-r", "1", *out, code=2)
+
+
+def test_a_lora_that_no_training_leaves_is_refused_by_its_matrix(tmp_path: Path) -> None:
+    lora(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(file)
+    key = next(key for key in tensors if key.endswith("query.lora_A.weight"))
+    for value in (torch.full_like(tensors[key], torch.nan), torch.full_like(tensors[key], 1e30), tensors[key][:2]):
+        save_file(tensors | {key: value.contiguous()}, file)
+        with pytest.raises(AdapterFileError, match="query"):
+            read_lora(tmp_path)
+    save_file(tensors, file)
+    for change in ({"lora_alpha": 0}, {"lora_alpha": "x"}, {"lora_alpha": -3}, {"alpha_pattern": {"(": 1}}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(AdapterFileError, match="Restore"):
+            read_lora(tmp_path)
+    del config["lora_alpha"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterFileError, match="lora_alpha"):
+        read_lora(tmp_path)
+    save_file({name: value for name, value in tensors.items() if name != key.replace("lora_A", "lora_B")}, file)
+    with pytest.raises(AdapterFileError, match=r"without 'bert.*query\.lora_B\.weight'"):
+        inspect_facts(tmp_path)

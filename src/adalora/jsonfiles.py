@@ -40,13 +40,18 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def believed(where: Path) -> Iterator[None]:
-    """Around code that takes records for what they were when we wrote them: else AdapterFileError, naming `where`."""
+def believed(where: Path, *more: type[Exception]) -> Iterator[None]:
+    """Around code that takes records for what they were when we wrote them: else AdapterFileError, naming `where`.
+
+    `more` are errors that the code, of another library, has for what it cannot read.
+    """
+    ours = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+    expected: tuple[type[Exception], ...] = (*ours, *more)
     try:
         yield
     except AdaLoraError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+    except expected as error:
         raise AdapterFileError(
             f"the files in {str(where)!r} are not as they were written ({type(error).__name__}: {str(error)[:200]}). "
             "Restore them from a copy."

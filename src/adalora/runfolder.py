@@ -6,8 +6,6 @@ safetensors, by parameter name; `run.json` comes last and lists them with their 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,17 +16,15 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .errors import AdapterFileError
-from .files import write_files
 from .gathering import reshard_
 from .injection import adapter_config, adapter_root
+from .jsonfiles import believed
 from .optimizers import unwrap
+from .runmanifest import FORMAT, MANIFEST, TYPES, check_optimizer, check_stored, digest, read_manifest, write_manifest
 from .sharding import around, local
 from .targets import saved_modules
 
 T = TypeVar("T")
-
-MANIFEST, _FORMAT = "run.json", 1
-_FIELDS = {"format": int, "files": dict, "tensors": dict, "numbers": dict, "groups": list, "extra": dict}
 
 
 def save_run(
@@ -57,14 +53,14 @@ def save_run(
     _together(process_group, lambda: _begin(folder) if rank == 0 else None)
     parts = _together(process_group, lambda: _write_part(folder, tensors, rank, count, process_group))
     text = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "files": {name: digest for part in parts for name, digest in part.items()},
         "tensors": {key: [str(value.dtype).removeprefix("torch."), *value.shape] for key, value in tensors.items()},
         "numbers": numbers,
         "groups": [[names[p] for p in group["params"]] for group in optimizer.param_groups],
         "extra": dict(extra or {}),
     }
-    _together(process_group, lambda: _finish(folder, text) if rank == 0 else None)
+    _together(process_group, lambda: write_manifest(folder, text) if rank == 0 else None)
 
 
 def load_run(model: nn.Module, optimizer: Any, folder: str | Path, process_group: Any = None) -> dict[str, Any]:
@@ -75,7 +71,7 @@ def load_run(model: nn.Module, optimizer: Any, folder: str | Path, process_group
     """
     folder, optimizer = Path(folder), unwrap(optimizer)
     reshard_(model)
-    text = _together(process_group, lambda: _manifest(folder, *_seat(process_group)))[0]
+    text = _together(process_group, lambda: read_manifest(folder, *_seat(process_group)))[0]
     own, names = _trained(model), _names(model, optimizer)
     stored = {key: shape for key, (_, *shape) in text["tensors"].items() if key.startswith("model.")}
     wanted = {key: list(value.shape) for key, value in own.items()}
@@ -87,16 +83,16 @@ def load_run(model: nn.Module, optimizer: Any, folder: str | Path, process_group
             f"{str(folder)!r} holds the run of another model or optimizer: {differ[0]} differs. Build both as they "
             "were when it was saved."
         )
+    check_optimizer(folder, text, [name for group in text["groups"] for name in group], optimizer.param_groups)
+    _together(process_group, lambda: check_stored(folder, text))
     parameters = {name: parameter for parameter, name in names.items()}
-    room = {
-        key: _room(key, getattr(torch, dtype), shape, own, parameters)
-        for key, (dtype, *shape) in text["tensors"].items()
-    }
+    room = {key: _room(key, TYPES[dtype], shape, own, parameters) for key, (dtype, *shape) in text["tensors"].items()}
     _together(process_group, lambda: _read(folder, room, process_group))
+    with believed(folder, RuntimeError):  # first, as it is what may still refuse
+        optimizer.load_state_dict(_optimizer_state(optimizer, names, room | text["numbers"]))
     with torch.no_grad():
         for key, value in own.items():
             local(value).copy_(local(room[key]))
-    optimizer.load_state_dict(_optimizer_state(optimizer, names, room | text["numbers"]))
     extra: dict[str, Any] = text["extra"]
     return extra
 
@@ -169,36 +165,7 @@ def _write_part(folder: Path, tensors: dict[str, Tensor], rank: int, count: int,
     writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
     with _one_process_is_meant():
         save(tensors, storage_writer=writer, process_group=group, no_dist=count == 1)
-    return {file.name: _digest(file) for file in sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))}
-
-
-def _finish(folder: Path, text: dict[str, Any]) -> None:
-    try:
-        line = json.dumps(text | {"digest": _digest_of(text)}, sort_keys=True)
-    except TypeError as error:
-        raise AdapterFileError(f"what goes with the run must be of JSON's types: {error}.") from error
-    write_files(folder, {MANIFEST: lambda path: path.write_text(line, encoding="utf-8")})
-
-
-def _manifest(folder: Path, rank: int, count: int) -> dict[str, Any]:
-    """`run.json` in `folder`, once it and this process's share of the files are found whole."""
-    if not (folder / MANIFEST).is_file():
-        raise AdapterFileError(f"{str(folder)!r} holds no complete run: it has no {MANIFEST}. Take an earlier one.")
-    try:
-        text: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        digest = text.pop("digest")
-        sound = digest == _digest_of(text) and all(isinstance(text[key], kind) for key, kind in _FIELDS.items())
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise AdapterFileError(f"{str(folder / MANIFEST)!r} is damaged: {error}. Take an earlier run.") from error
-    if not sound or text["format"] != _FORMAT:
-        raise AdapterFileError(f"{str(folder / MANIFEST)!r} is damaged, or of another version; take an earlier run.")
-    for name in sorted(text["files"])[rank::count]:
-        file = folder / Path(name).name
-        if not file.is_file() or _digest(file) != text["files"][name]:
-            raise AdapterFileError(
-                f"{str(file)!r} is {'damaged' if file.is_file() else 'missing'}; take an earlier run."
-            )
-    return text
+    return {file.name: digest(file) for file in sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))}
 
 
 def _read(folder: Path, room: dict[str, Tensor], group: Any) -> None:
@@ -214,15 +181,6 @@ def _one_process_is_meant() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         yield
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _digest_of(text: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
 
 
 def _seat(group: Any) -> tuple[int, int]:

@@ -145,25 +145,33 @@ def _write_tables(ledger: Ledger, as_json: bool) -> None:
 def run_row(folder: Path) -> dict[str, Any]:
     """What one finished run says of itself. Raises AdapterFileError if it did not finish."""
     from ..errors import AdapterFileError
-    from ..jsonfiles import read_object
+    from ..jsonfiles import believed, read_object
     from ..recipe import load_recipe
 
     if not (folder / "result.json").is_file():
         raise AdapterFileError(f"{str(folder)!r} has no result.json: no run has finished there. Leave it out.")
     result, recipe = read_object(folder / "result.json"), load_recipe(str(folder / "recipe.yaml"))
-    return {
-        "run": str(folder),
-        "method": recipe.method["name"],
-        "seed": recipe.seed,
-        "split": f"{result['split']} ({result['rows'][result['split']]})",
-        "metric": result["metric"],
-        "score": result["scores"].get(result["metric"]),
-        "scores": result["scores"],
-        "parameters": result["parameters"],
-        "steps": result["steps"],
-        "seconds": result["train_seconds"],
-        "stopped": result["stopped"],
-    }
+    with believed(folder):
+        row = {
+            "run": str(folder),
+            "method": recipe.method["name"],
+            "seed": recipe.seed,
+            "split": f"{result['split']} ({result['rows'][result['split']]})",
+            "metric": result["metric"],
+            "score": result["scores"].get(result["metric"]),
+            "scores": result["scores"],
+            "parameters": result["parameters"],
+            "steps": result["steps"],
+            "seconds": result["train_seconds"],
+            "stopped": result["stopped"],
+        }
+        # The table has a format for each, and one that fails there would not say which run it was.
+        sizes = [row["parameters"][key] for key in ("final", "head")]
+        for value in (*row["scores"].values(), *sizes, row["steps"], row["seconds"]):
+            if not isinstance(value, int | float):
+                raise TypeError(f"result.json has {value!r} where a number belongs")
+            float(value)
+    return row
 
 
 def _folders(source: Path) -> list[Path]:

@@ -39,11 +39,18 @@ def inspect(folder: Source, as_json: AsJson = False) -> None:
 
 def inspect_facts(folder: Path) -> tuple[dict[str, Any], RankReport]:
     """Everything about an adapter that its files tell, JSON-able. Raises AdapterFileError."""
-    from ..jsonfiles import read_object
-    from ..reading import CONFIG_FILE, WEIGHTS_FILE
+    from ..jsonfiles import believed
     from .runs import adapter_folder
 
     adapter = adapter_folder(folder)
+    with believed(adapter):
+        return _facts(adapter)
+
+
+def _facts(adapter: Path) -> tuple[dict[str, Any], RankReport]:
+    from ..jsonfiles import read_object
+    from ..reading import CONFIG_FILE, WEIGHTS_FILE
+
     config = read_object(adapter / CONFIG_FILE)
     kind = config.get("peft_type")
     readers = {"ADALORA": _adalora, "LORA": _lora}
@@ -112,6 +119,11 @@ def _lora(adapter: Path, config: dict[str, Any]) -> tuple[RankReport, dict[str, 
             name = found["name"]
             parts = {key, key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")}
             layer, kind = split_name(name)
+            if not parts <= shapes.keys():
+                raise AdapterFileError(
+                    f"{str(adapter / WEIGHTS_FILE)!r} has {key!r} without {min(parts - shapes.keys())!r}; restore it "
+                    "from a copy."
+                )
             rows.append(ModuleRank(name, layer, kind, shape[0], shape[0], sum(_size(shapes[part]) for part in parts)))
             own |= parts
     if not rows:

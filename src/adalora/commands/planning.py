@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .console import AsJson, Settings, complete_recipe, print_json
 from .planned import print_plan, print_sweep
 from .ranks import read_ranks, require_no_blanks, with_rank
@@ -120,12 +120,25 @@ def run_steps(recipe: Recipe, training: dict[str, Any]) -> int | None:
 
 
 def count_rows(file: Path) -> int | None:
-    """Rows of a data file; None if it is not there or its format does not tell."""
+    """Rows of a data file; None if it is not there or its format does not tell. Raises DataError."""
     import csv
-    import gzip
+    import zlib
 
     if not file.is_file():
         return None
+    try:
+        return _count_rows(file)
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:  # pyarrow's own are among them
+        raise DataError(
+            f"cannot count the rows of {str(file)!r}: {str(error)[:200]}. It is damaged, or no {file.suffix} file of "
+            "UTF-8 text: restore it, or convert it."
+        ) from error
+
+
+def _count_rows(file: Path) -> int | None:
+    import csv
+    import gzip
+
     if file.suffix == ".parquet":
         from pyarrow import parquet  # type: ignore[import-untyped]
 

@@ -22,6 +22,7 @@ SQUEEZE_EPILOG = "Example: adalora squeeze runs/lora --target-r 2 --out small"
 _FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<part>A|B)\.weight")
 # Increments that are more than scale · B A, or that belong to another base model than the one that is named.
 _OTHERS = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "layer_replication", "target_parameters")
+_LARGEST = 1e15  # of a norm or a scale: squares and products stay far from where float32 ends
 _OWN_BASE = ("gaussian", "eva", "orthogonal")  # starts by name that leave the base model as it is
 
 
@@ -96,6 +97,13 @@ def cut(lora: _Lora, budget: int, density: bool) -> tuple[_Lora, float]:
 
 def read_lora(folder: Path) -> _Lora:
     """A LoRA folder as PEFT writes it. Raises AdapterFileError for one that is not, or that is more than B A."""
+    from ..jsonfiles import believed
+
+    with believed(folder, re.error):
+        return _read(folder)
+
+
+def _read(folder: Path) -> _Lora:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -124,7 +132,24 @@ def read_lora(folder: Path) -> _Lora:
     if not parts or any(set(pair) != {"A", "B"} for pair in parts.values()):
         raise AdapterFileError(f"{str(folder)!r} does not hold an A and a B for each matrix; restore it from a copy.")
     factors = {name: (pair["A"], pair["B"], _scale(config, name, len(pair["A"]))) for name, pair in parts.items()}
+    for name, (A, B, scale) in factors.items():
+        _check_factors(A, B, scale, f"{str(folder)!r}: {name!r}")
     return _Lora(config, factors, others)
+
+
+def _check_factors(A: Tensor, B: Tensor, scale: float, where: str) -> None:
+    """Raise AdapterFileError unless A (r, in) and B (out, r) have a product whose square is a float32."""
+    if not 0 < len(A) == B.shape[1]:
+        raise AdapterFileError(
+            f"{where} has an A of shape {tuple(A.shape)} and a B of {tuple(B.shape)}, which have no product of a rank "
+            "of at least 1; restore it from a copy."
+        )
+    size = float(A.norm()) * float(B.norm())
+    if not (size < _LARGEST and 1 / _LARGEST < scale < _LARGEST and size * scale < _LARGEST):
+        raise AdapterFileError(
+            f"{where} has factors of norm {float(A.norm()):.2g} and {float(B.norm()):.2g} at the scale {scale:.2g}, "
+            "which no training leaves: it has diverged, or the file is damaged. Restore it from a copy."
+        )
 
 
 def _check_kind(config: dict[str, Any], folder: Path) -> None:

@@ -21,7 +21,7 @@ from .base import ParameterCount
 from .lora import shape_of
 from .options import check_counts, check_parameters, resolved
 from .ranks import spread
-from .trained import head_modules, put_in, read_trained, train_only, trained_count, write_trained
+from .trained import head_modules, put_in, read_trained, train_only, trained_count, undone, write_trained
 
 INIT_STD = 1e-2  # Houlsby et al., section 3.6: normal, cut at two standard deviations
 
@@ -42,6 +42,7 @@ _FEED_FORWARD = (
     r"mlp\.c_proj",
     r"DenseReluDense\.wo",
 )
+_PLACES = _ATTENTION + _FEED_FORWARD
 
 
 class Bottleneck(nn.Module):
@@ -110,15 +111,21 @@ class BottleneckMethod:
         write_trained(model, folder, self.name, self._heads(model), facts)
 
     def load(self, base: nn.Module, folder: Path) -> nn.Module:
-        """For inference."""
+        """For inference. Raises AdapterFileError, with `base` as it was."""
         tensors, modules = read_trained(folder, self.name), dict(base.named_modules())
-        for key, value in tensors.items():
-            if key.endswith(".adapter.down.weight"):
-                name = key.removesuffix(".adapter.down.weight")
-                if name not in modules:
-                    raise AdapterFileError(f"adapter in {str(folder)!r}: the model has no {name!r}; it is another one.")
-                insert(modules[name], len(value), self.activation())
-        return put_in(base, tensors, folder)
+        with undone(base):
+            for key, value in tensors.items():
+                if key.endswith(".adapter.down.weight"):
+                    name = key.removesuffix(".adapter.down.weight")
+                    # Only these have a place for one, and before its width is known to fit, a size may be anything.
+                    width = shape_of(modules[name])[0] if name in modules and _ends(name, _PLACES) else None
+                    if value.dim() != 2 or value.shape[1] != width:
+                        raise AdapterFileError(
+                            f"adapter in {str(folder)!r}: {key!r} has shape {tuple(value.shape)}, and the model has no "
+                            f"place {name!r} for it; it was made for another model."
+                        )
+                    insert(modules[name], len(value), self.activation())
+            return put_in(base, tensors, folder)
 
     def options(self) -> dict[str, Any]:
         """All options, defaults resolved."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -52,8 +53,10 @@ class Full:
         """A new model of the class and configuration of `base`, for inference."""
         whole: Any = base
         try:
-            model = type(whole).from_pretrained(str(folder), config=whole.config, dtype=whole.dtype)
-        except (OSError, ValueError, RuntimeError) as error:
+            model = type(whole).from_pretrained(
+                str(folder), config=whole.config, dtype=whole.dtype, use_safetensors=True, local_files_only=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise AdapterFileError(f"cannot read the model in {str(folder)!r}: {error}") from error
         return model.to(whole.device).eval().requires_grad_(False)
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..checkpoint import exact_targets
 from ..config import AdaLoraConfig
 from ..conversion import adapter_type
-from ..errors import ConfigError
+from ..errors import AdapterFileError, ConfigError
+from ..jsonfiles import believed, read_object
+from ..reading import CONFIG_FILE, WEIGHTS_FILE
 from ..targets import find_targets
 from .base import ParameterCount
 from .options import CHOICE, check_counts, check_lora, check_parameters, resolved, with_head
 from .ranks import spread
+from .trained import check_read, undone
 
 
 class Lora:
@@ -62,8 +69,8 @@ class Lora:
         model.save_pretrained(str(folder))  # type: ignore[operator]
 
     def load(self, base: nn.Module, folder: Path) -> nn.Module:
-        """For inference."""
-        return PeftModel.from_pretrained(base, str(folder))
+        """For inference. Raises AdapterFileError, with `base` as it was."""
+        return read_lora(base, folder)
 
     def options(self) -> dict[str, Any]:
         """All options, defaults resolved."""
@@ -116,6 +123,60 @@ def rank_fields(ranks: Mapping[str, int], scale: float) -> dict[str, Any]:
         "rank_pattern": more,
         "alpha_pattern": {name: scale * rank for name, rank in more.items()},
     }
+
+
+def read_lora(base: nn.Module, folder: Path) -> PeftModel:
+    """`base` with the LoRA that PEFT stored in `folder`, for inference.
+
+    Raises AdapterFileError if it is missing, damaged, of another model or no safetensors, with `base` as it was.
+    """
+    tensors = _checked(folder)
+    with undone(base), believed(folder, SafetensorError, RuntimeError, OSError, re.error, NotImplementedError):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            model = PeftModel.from_pretrained(base, str(folder))
+            wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+        differ = [key for key in wanted if key not in tensors or tensors[key].shape != wanted[key].shape]
+        differ += [key for key in tensors.keys() - wanted.keys() if ".lora_" in key]
+        if differ:
+            raise AdapterFileError(
+                f"the LoRA in {str(folder)!r} is not the one that {CONFIG_FILE} tells: {min(differ)!r} is in one of "
+                "both only. Restore it from a copy, or give the model that it was made for."
+            )
+    return model
+
+
+def _checked(folder: Path) -> dict[str, Tensor]:
+    """The tensors in `folder`; PEFT would read a pickle instead of them, or ask the hub for a folder without any."""
+    config, file = read_object(folder / CONFIG_FILE), folder / WEIGHTS_FILE
+    if config.get("peft_type") != "LORA":
+        raise AdapterFileError(
+            f"{str(folder)!r} says peft_type={config.get('peft_type')!r}, not 'LORA'; load it by its own method."
+        )
+    if config.get("megatron_config") is not None:  # for which PEFT imports whatever module `megatron_core` names
+        raise AdapterFileError(f"{str(folder)!r} has a megatron_config, which names code to import; take that out.")
+    if not file.is_file():
+        hint = " Pickle files (.bin) are never read; load it in PEFT and save it again as safetensors."
+        raise AdapterFileError(
+            f"{str(folder)!r} has no {WEIGHTS_FILE}; restore it from a copy."
+            + (hint if file.with_suffix(".bin").exists() else "")
+        )
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(f"cannot read {str(file)!r}: {error}. Restore it from a copy.") from error
+    check_read(tensors, file)
+    # A is (r, …): a rank that no tensor has, PEFT would allocate all the same.
+    ranked = [value for key, value in tensors.items() if re.search(r"\.lora_(embedding_)?A", key) and value.numel()]
+    most = max((len(value) for value in ranked if value.dim()), default=0)
+    with believed(folder):
+        for rank in (config["r"], *(config.get("rank_pattern") or {}).values()):
+            if not 0 < rank <= most:
+                raise AdapterFileError(
+                    f"{str(folder / CONFIG_FILE)!r} tells of a rank {rank!r}, {WEIGHTS_FILE} holds none above {most}"
+                    "; restore both from one save."
+                )
+    return tensors
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from ..config import AdaLoraConfig
 from ..errors import AdapterFileError
 from ..files import write_files
+from ..jsonfiles import read_object
 from ..reading import CONFIG_FILE, WEIGHTS_FILE
 from ..stored import check_finite
 from ..targets import saved_modules
@@ -58,10 +60,10 @@ def write_trained(model: nn.Module, folder: Path, method: str, heads: list[str],
 
 def read_trained(folder: Path, method: str) -> dict[str, Tensor]:
     """The tensors in `folder` by name. Raises AdapterFileError if they are not of this method."""
+    kind = read_object(folder / CONFIG_FILE).get("peft_type")
     try:
-        kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("peft_type")
         tensors = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise AdapterFileError(
             f"cannot read the adapter in {str(folder)!r}: {error}. Restore it from a copy."
         ) from error
@@ -69,7 +71,41 @@ def read_trained(folder: Path, method: str) -> dict[str, Tensor]:
         raise AdapterFileError(
             f"{str(folder)!r} says peft_type={kind!r}, not {method.upper()!r}; load it by its own method."
         )
+    check_read(tensors, folder / WEIGHTS_FILE)
     return tensors
+
+
+def check_read(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Raise AdapterFileError if a tensor of `file` holds NaN or infinity."""
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise AdapterFileError(
+                f"{str(file)!r}: {key!r} holds values that are not finite numbers: the training diverged, or the file "
+                "is damaged. Restore it from a copy, or train again with a lower learning rate."
+            )
+
+
+@contextmanager
+def undone(base: nn.Module) -> Iterator[None]:
+    """Give `base` back the modules, hooks and attributes that it had if what is built around them fails half-way."""
+    parts = [
+        (vars(module), {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in found})
+        for module, found in ((module, list(vars(module).items())) for module in base.modules())
+    ]
+    trained = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+    try:
+        yield
+    except BaseException:
+        for own, before in parts:
+            own.clear()
+            for name, (value, content) in before.items():
+                own[name] = value
+                if content is not None:
+                    value.clear()
+                    value.update(content)
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
+        raise
 
 
 def put_in(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> nn.Module:
