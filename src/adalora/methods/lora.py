@@ -14,6 +14,7 @@ from ..checkpoint import exact_targets
 from ..config import AdaLoraConfig
 from ..conversion import adapter_type
 from ..errors import ConfigError
+from ..quantizedmodels import prepare
 from ..targets import find_targets
 from .base import ParameterCount
 from .options import CHOICE, check_counts, check_lora, check_parameters, resolved, with_head
@@ -39,6 +40,7 @@ class Lora:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel."""
+        prepare(model)  # PEFT leaves quantized layers as they come
         config, costs = chosen(model, self._options)
         ranks = self._ranks(costs)
         scale = self._options["lora_alpha"] / self._options["r"]
@@ -62,7 +64,8 @@ class Lora:
         model.save_pretrained(str(folder))  # type: ignore[operator]
 
     def load(self, base: nn.Module, folder: Path) -> nn.Module:
-        """For inference."""
+        """For inference, on a quantized base by the kernels that it was trained with."""
+        prepare(base)
         return PeftModel.from_pretrained(base, str(folder))
 
     def options(self) -> dict[str, Any]:
