@@ -146,6 +146,31 @@ def test_a_mistake_is_one_message_with_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("out", [[], ["--out", "ddp"]], ids=["runs", "out"])
+def test_train_under_a_launcher_of_several_processes_is_refused_before_any_folder_appears(
+    variable: str,
+    out: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, "2")
+    made, mkdir = [], Path.mkdir
+
+    def seen(self: Path, *arguments: Any, **options: Any) -> None:
+        made.append(self.absolute())
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", seen)
+    for command in (["train", "text-classification", *out], ["demo"], ["config", "check", "text-classification"]):
+        assert call(monkeypatch, *command) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"{variable} is 2" in said and "in one process" in said and "docs/scale.md" in said
+    assert [path for path in made if tmp_path in path.parents] == [] == list(tmp_path.iterdir())
+
+
 def test_a_demo_never_replaces_a_folder_that_is_no_demo(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

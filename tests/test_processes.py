@@ -6,15 +6,20 @@
 import copy
 import hashlib
 import json
+import os
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from benchmarks import devices
+from benchmarks.scale import plan
 from safetensors.torch import save_file
 
 import adalora
@@ -183,6 +188,104 @@ def test_a_failed_write_is_an_error_in_every_process(reports: Reports) -> None:
     first, *others = (report["unwritable"] for report in reports["refusals"])
     assert first.startswith("AdapterFileError: cannot write to '/proc/nowhere'")
     assert set(others) == {"AdapterFileError: the first process could not write the adapter; its own message says why."}
+
+
+# --- By a launcher ------------------------------------------------------------------------------------------
+
+DOCUMENTED = Path(__file__).parents[1] / "docs" / "scale.md"
+LAUNCHED = """
+import json, os, sys
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+import adalora
+from adalora.injection import named_adapters
+
+distributed.init_process_group("gloo")  # rank, size and address are the launcher's
+rank, world = distributed.get_rank(), distributed.get_world_size()
+mesh = DeviceMesh("cpu", range(world))
+config = adalora.AdaLoraConfig(
+    init_r=16, target_r=3, target_modules="all-linear", tinit=2, tfinal=2992, deltaT=2  # 8 steps of 3000 decide
+)
+sent, real = [], distributed.all_reduce
+
+def counted(tensor, *arguments, **options):
+    sent.append(tensor.nbytes)
+    return real(tensor, *arguments, **options)
+
+distributed.all_reduce = counted
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 20)) for _ in "ab")
+
+    def forward(self, x):
+        for layer in self.model.layers:
+            x = x + layer(x)
+        return x
+
+def new():
+    torch.manual_seed(0)
+    return Tiny()
+
+def fit(model, optimizer):
+    seen = []
+    for step in range(8):
+        x = torch.randn(6, 20, generator=torch.Generator().manual_seed(2 * step + rank))
+        (model(x) - x.flip(1)).square().mean().backward()
+        sent.clear()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append({"bytes": sum(sent), "masks": {
+            n.removeprefix("module."): m.lora_keep.tolist() for n, m in named_adapters(model)}})
+    return seen
+
+before, after = sys.argv[1].split("...\\n")
+model = new()
+exec(before)
+fsdp = fit(model, optimizer)
+exec(after)
+model = adalora.inject(new(), config)
+model = DistributedDataParallel(model)
+optimizer = torch.optim.AdamW(adalora.parameter_groups(model), lr=1e-3)
+adalora.RankAllocator(model, total_step=3000).attach(optimizer)
+ddp = fit(model, optimizer)
+with open(f"{rank}.json", "w") as file:
+    json.dump({"world": world, "fsdp": fsdp, "ddp": ddp}, file)
+distributed.destroy_process_group()
+"""
+
+
+def test_the_documented_loop_under_torchrun_decides_alike_and_sends_what_the_table_says(tmp_path: Path) -> None:
+    example = DOCUMENTED.read_text().split("```\nadalora.inject(model, config)")[1].split("```")[0]
+    (tmp_path / "train.py").write_text(LAUNCHED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29781"]
+    done = subprocess.run(
+        [*launcher, "train.py", f"adalora.inject(model, config){example}"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == other and first["world"] == 2
+    assert [step["masks"] for step in first["fsdp"]] == [step["masks"] for step in first["ddp"]]
+    live = [sum(map(sum, step["masks"].values())) for step in first["fsdp"]]
+    assert live[0] == 64 > live[4] > live[6] >= 12
+    counts: Any = SimpleNamespace(matrices=lambda: [(24, 20), (20, 24)] * 2, billions=0)
+    planned = plan(counts, 2)
+    each, allocation = planned["all-reduced in a step, sharded"], planned["all-reduced in an allocation"]
+    allocates = [step in (4, 6) for step in range(8)]
+    assert [step["bytes"] for step in first["fsdp"]] == [each + allocation * now for now in allocates]
+    assert [step["bytes"] for step in first["ddp"]] == [0] * 8
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 # --- One process is enough ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from transformers import AutoConfig, Trainer
 
 import adalora
 from adalora import AdaLoraConfig
-from adalora.claiming import claimed
+from adalora.claiming import claimed, require_one_process
 from adalora.errors import AdaLoraError, AdapterFileError, ConfigError, TrainingError
 from adalora.injection import named_adapters
 from adalora.integrations.stopping import StopGracefully
@@ -276,7 +276,8 @@ def test_a_signal_ends_the_run_with_everything_saved(
         ("training={load_best_model_at_end: true, save_strategy: 'no'}", "in section training"),
         ("training.push_to_hub=true", "a run stays on this machine"),
         ("training.resume_from_checkpoint=x", "use --resume"),
-        ("training.deepspeed=x.json", "would shard the adapter"),
+        ("training.deepspeed=x.json", "would shard the adapter, and a recipe trains in one process"),
+        ("training.fsdp=full_shard", "would shard the adapter, and a recipe trains in one process"),
         ("model.name_or_path=/no/such/model", "/no/such/model"),
         ("model.name_or_path=package:other", "the only packaged model"),
         ("model.name_or_path=WORLD/bare", "cannot load"),
@@ -303,6 +304,18 @@ def test_an_output_folder_in_use_is_left_alone(world: Path, tmp_path: Path) -> N
     with pytest.raises(AdaLoraError, match="is a file, or within one"):
         run(load_recipe("text-classification", settings(world)), tmp_path / "out" / "mine.txt" / "in", Console())
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_several_processes_are_refused_before_the_folder_is_claimed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2.*in one process"):
+        run(load_recipe("text-classification", settings(world)), tmp_path / "ddp", Console())
+    assert list(tmp_path.iterdir()) == []
+    for one in ("1", "", "auto"):
+        monkeypatch.setenv("WORLD_SIZE", one)
+        require_one_process()
 
 
 def test_one_of_two_runs_gets_a_folder_whether_it_existed_or_not(tmp_path: Path) -> None:

@@ -12,6 +12,21 @@ from pathlib import Path
 from .errors import AdapterFileError, ConfigError
 from .runfiles import BEGUN, CHECKPOINTS, FAILED
 
+# What torchrun, accelerate and the kinds of mpirun set, and the Trainer looks at.
+_WORLDS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def require_one_process() -> None:
+    """Raise ConfigError if a launcher started this process as one of several, which would all write one run."""
+    for name in _WORLDS:
+        text = os.environ.get(name, "")
+        if text.isdecimal() and int(text) > 1:
+            raise ConfigError(
+                f"the environment variable {name} is {text}: a launcher such as torchrun started several processes, "
+                "but a recipe trains in one process. Start it without the launcher (or unset the variable); for "
+                "several processes write a loop of your own, as docs/scale.md shows."
+            )
+
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:

@@ -41,11 +41,12 @@ DEFAULTS: dict[str, Any] = {
 }
 # Our own keys in section training.
 PATIENCE, DECAY, HEAD_RATE = _OWN = "early_stopping_patience", "decay_adapter", "head_learning_rate"
+_OWN_LOOP = "Leave it out; for several processes write a loop of your own, with DDP or FSDP2: docs/scale.md"
 _REFUSED = {
     "push_to_hub": "a run stays on this machine; upload its folder afterwards with `hf upload`",
     "resume_from_checkpoint": "a run finds its checkpoint itself; use --resume",
-    "fsdp": "FSDP would shard the adapter; use one device or DDP",
-    "deepspeed": "DeepSpeed would shard the adapter; use one device or DDP",
+    "fsdp": f"FSDP would shard the adapter, and a recipe trains in one process. {_OWN_LOOP}",
+    "deepspeed": f"DeepSpeed would shard the adapter, and a recipe trains in one process. {_OWN_LOOP}",
 }
 _LEAST = {
     "per_device_train_batch_size": 1,

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from .claiming import claimed
+from .claiming import claimed, require_one_process
 from .failures import explained
 from .integrations.best import BestWithinBudget, Patience
 from .integrations.checksums import Checksums
@@ -51,6 +51,7 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False) -> Ru
     what goes wrong once training has begun leaves `out` with the reason in FAILED.txt, and the next run replaces it
     or, with `resume`, goes on from its last complete checkpoint to the same result, bit by bit.
     """
+    require_one_process()  # else all but one would find the folder taken
     quiet()
     with resumed(out) if resume else claimed(out), explained(out):
         job = _prepare(recipe, out, console, resume)
@@ -58,7 +59,11 @@ def run(recipe: Recipe, out: Path, console: Console, resume: bool = False) -> Ru
 
 
 def check(recipe: Recipe, out: Path) -> Method:
-    """The recipe's method, if its sections method and training hold. Raises ConfigError; reads no data."""
+    """The recipe's method, if its sections method and training hold, and nothing starts it several times.
+
+    Raises ConfigError; reads no data.
+    """
+    require_one_process()
     method = build_method(recipe.method)
     check_quantization(recipe)
     check_training(recipe, out)

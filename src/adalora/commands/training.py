@@ -33,8 +33,10 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe: plan, progress, scores, and a folder with adapter, record and pictures."""
+    from ..claiming import require_one_process
     from ..recipe import load_recipe
 
+    require_one_process()  # before each of them makes a folder
     settings = [*(settings or ()), *([f"training.report_to=[{', '.join(log_to)}]"] if log_to else ())]
     file = Path(recipe, "recipe.yaml") if Path(recipe, "recipe.yaml").is_file() else None  # a run's folder
     loaded = load_recipe(str(file or recipe), settings, seed)

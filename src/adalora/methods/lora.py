@@ -19,6 +19,7 @@ from ..config import AdaLoraConfig
 from ..conversion import adapter_type
 from ..errors import AdapterFileError, ConfigError
 from ..jsonfiles import believed, read_object
+from ..quantizedmodels import prepare
 from ..reading import CONFIG_FILE, WEIGHTS_FILE
 from ..targets import find_targets
 from .base import ParameterCount
@@ -46,6 +47,7 @@ class Lora:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel."""
+        prepare(model)  # PEFT leaves quantized layers as they come
         config, costs = chosen(model, self._options)
         ranks = self._ranks(costs)
         scale = self._options["lora_alpha"] / self._options["r"]
@@ -69,7 +71,11 @@ class Lora:
         model.save_pretrained(str(folder))  # type: ignore[operator]
 
     def load(self, base: nn.Module, folder: Path) -> nn.Module:
-        """For inference. Raises AdapterFileError, with `base` as it was."""
+        """For inference, on a quantized base by the kernels that it was trained with.
+
+        Raises AdapterFileError, with `base` as it was.
+        """
+        prepare(base)
         return read_lora(base, folder)
 
     def options(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..checkpoint import exact_targets, load_adapter
 from ..config import AdaLoraConfig
 from ..errors import ConfigError
 from ..importance import triplet_scores
+from ..quantizedmodels import prepare
 from ..schedule import Schedule
 from .base import ParameterCount
 from .lora import chosen, lora_count, lora_parameters
@@ -66,6 +67,7 @@ class PeftAdaLora:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap in a PeftModel. The schedule is set when the Trainer knows its steps."""
+        prepare(model)  # PEFT leaves quantized layers as they come
         given = self._options
         config, costs = chosen(model, given)
         whole, goal = sum(given["init_r"] * (cost + 1) for cost in costs.values()), given["parameters"]
