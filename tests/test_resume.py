@@ -169,6 +169,29 @@ def test_a_flipped_bit_in_the_weights_sends_a_run_back_to_the_checkpoint_before(
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_run_killed_between_a_checkpoint_and_its_epochs_evaluation_has_the_evaluation(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_epoch_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 16:
+            kill()
+        original(self, args, state, control, **kwargs)
+
+    original = RunRecorder.on_epoch_end
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecorder, "on_epoch_end", on_epoch_end)
+        with pytest.raises(Killed):
+            train(world, tmp_path / "run", save_steps=8)
+    (tmp_path / "run" / "FAILED.txt").unlink()
+    lines: list[str] = []
+    train(world, tmp_path / "run", resume=True, lines=lines, save_steps=8)
+    assert "  resuming from checkpoint-16" in lines
+    evaluations = [line["step"] for line in read(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in line]
+    assert evaluations == [8, 16, 24]
+    train(world, tmp_path / "whole", save_steps=8)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_run_that_started_from_data_goes_on_bit_by_bit_without_starting_again(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

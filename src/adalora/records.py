@@ -32,6 +32,7 @@ class RunRecorder(TrainerCallback):
         self.live = list(live)
         self._ranks: dict[str, int] = {}
         self._within_step = self._over = False
+        self._evaluated = 0  # the step at which the evaluation of an epoch was brought forward
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the recipe, and listen to the allocator."""
@@ -53,11 +54,17 @@ class RunRecorder(TrainerCallback):
         # Before a checkpoint, too: the loss since the last log is not in it.
         if control.should_save or control.should_training_stop or state.global_step >= state.max_steps:
             control.should_log = True
+        # In front of the checkpoint, not behind it: a run that lost its machine in between would never have it.
+        if control.should_save and args.eval_strategy == "epoch" and float(state.epoch).is_integer():
+            control.should_evaluate = True
+            self._evaluated = state.global_step
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The same at the end of an epoch."""
         if control.should_save:
             control.should_log = True
+        if self._evaluated == state.global_step:
+            control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What is evaluated later is no part of training."""
