@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -23,6 +24,12 @@ def write_files(folder: str | Path, writers: Mapping[str, Callable[[Path], objec
     with staged(folder) as staging:
         for name, write in writers.items():
             write(staging / name)
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_file(path: str | Path) -> bool:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .errors import AdapterFileError
+from .files import digest
 from .gathering import reshard_
 from .injection import adapter_config, adapter_root
 from .jsonfiles import believed
 from .optimizers import unwrap
-from .runmanifest import FORMAT, MANIFEST, TYPES, check_optimizer, check_stored, digest, read_manifest, write_manifest
+from .runmanifest import FORMAT, MANIFEST, TYPES, check_optimizer, check_stored, read_manifest, write_manifest
 from .sharding import around, local
 from .targets import saved_modules
 
@@ -54,7 +55,7 @@ def save_run(
     parts = _together(process_group, lambda: _write_part(folder, tensors, rank, count, process_group))
     text = {
         "format": FORMAT,
-        "files": {name: digest for part in parts for name, digest in part.items()},
+        "files": {name: told for part in parts for name, told in part.items()},
         "tensors": {key: [str(value.dtype).removeprefix("torch."), *value.shape] for key, value in tensors.items()},
         "numbers": numbers,
         "groups": [[names[p] for p in group["params"]] for group in optimizer.param_groups],

